@@ -1,0 +1,334 @@
+"""The docs site without Quarto, and the README: nbdev's processed notebooks through smalldocs.
+
+    docs.py build [FOLDER]   build the site (default _docs) and check every link and anchor
+    docs.py preview          build, then serve it on this machine
+    docs.py readme           write README.md from nbs/index.ipynb
+"""
+import argparse
+import functools
+import html
+import http.server
+import json
+import os
+import posixpath
+import re
+import shutil
+import sys
+import urllib.parse
+from configparser import ConfigParser
+from html.parser import HTMLParser
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")  # what nbdev drops from a notebook's name
+FENCE = re.compile(r"^\s*(```|~~~)")
+
+
+class BadDocs(Exception):
+    "What is wrong with the site, one line each."
+
+
+def page_name(path):
+    "A notebook's page: nbdev drops the number, `01_recording.ipynb` is `recording.ipynb`."
+    return path.with_name(NUMBER.sub("", path.name)) if path.suffix == ".ipynb" else path
+
+
+# ------------------------------------------------------------------ before the renderer: the sources
+
+
+def outside_code(text, change):
+    "Change Markdown, but not what stands in fenced code."
+    out, block, fenced = [], [], False
+    def flush():
+        if block:
+            out.append(change("\n".join(block)))
+            block.clear()
+    for line in text.split("\n"):
+        if FENCE.match(line):
+            flush() if not fenced else None
+            fenced = not fenced
+            out.append(line)
+        elif fenced:
+            out.append(line)
+        else:
+            block.append(line)
+    flush()
+    return "\n".join(out)
+
+
+def fix_links(text):
+    "Links to a notebook name its page; a figure's reference is a link to it; no source links (there is no public repository)."
+    text = re.sub(r"\[source\]\([^)]*\)(\{[^}]*\})?\n*", "", text)
+    text = re.sub(r"(\]\()([^)\s]*?)([^/)\s]+\.ipynb)", lambda m: m[1] + m[2] + NUMBER.sub("", m[3]), text)
+    return re.sub(r"(?<![\w`/.])@((?:fig|tbl|sec|eq)-[\w-]+)", lambda m: f"[{m[1].split('-', 1)[1].replace('-', ' ')}](#{m[1]})", text)
+
+
+def joined(source):
+    "A cell's text as one string."
+    return "".join(source) if isinstance(source, list) else source
+
+
+def describe(markdown):
+    "Alternative text for a figure that gives none: the sentence before it, in plain words."
+    text = re.sub(r"```.*?```", " ", markdown, flags=re.S)
+    text = re.sub(r"^#+\s*", "", text, flags=re.M)
+    text = re.sub(r"\$\$.*?\$\$|[`*_>$]", "", text, flags=re.S)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    parts = [p.strip() for p in re.split(r"(?<=[.:!?])\s+", " ".join(text.split())) if p.strip()]
+    return (parts[-1] if parts else "").rstrip(":")[:200]
+
+
+def stage_notebook(src, dst):
+    "Write one processed notebook as smalldocs needs it."
+    nb = json.loads(src.read_text(encoding="utf-8"))
+    before, missing = "", 0
+    for cell in nb["cells"]:
+        text = joined(cell["source"])
+        if cell["cell_type"] == "markdown":
+            text = "\n".join(line for line in text.split("\n") if not line.startswith("#|"))
+            text = outside_code(text, fix_links)
+            if text.strip() and not text.lstrip().startswith(("---", "<!--", ":::")):
+                before = text
+        elif cell["cell_type"] == "code":
+            pictures = False
+            for out in cell.get("outputs", []):
+                data = out.get("data", {})
+                if "text/markdown" in data:
+                    data["text/markdown"] = outside_code(joined(data["text/markdown"]), fix_links)
+                pictures |= any(m.startswith("image/") for m in data)
+            if pictures and not re.search(r"^#\|\s*fig-alt\s*:", text, re.M):
+                missing += 1
+                alt = describe(before) or "Figure drawn by the code above"
+                text = f"#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{text}"
+        cell["source"] = text
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    dst.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
+    return missing
+
+
+def known_pages(items, have):
+    "The sidebar's entries whose source exists, by the names of the pages."
+    out = []
+    for item in items:
+        if isinstance(item, str):
+            page = page_name(Path(item)).as_posix()
+            if page in have:
+                out.append(page)
+        elif isinstance(item, dict):
+            item = dict(item)
+            if "contents" in item:
+                item["contents"] = known_pages(item["contents"], have)
+                if not item["contents"]:
+                    continue
+            if item.get("href"):
+                page = page_name(Path(item["href"])).as_posix()
+                if page.endswith(".ipynb") and page not in have:
+                    continue
+                item["href"] = page
+            out.append(item)
+    return out
+
+
+def stage(folder):
+    "Process the notebooks with nbdev, then lay them out in `folder` as smalldocs reads them."
+    os.chdir(ROOT)
+    os.environ["IN_TEST"] = "1"  # the last cell of a notebook exports nothing
+    from nbdev.serve import proc_nbs
+
+    processed = proc_nbs(force=True, n_workers=0)
+    shutil.rmtree(folder, ignore_errors=True)
+    missing = {}
+    for src in sorted(processed.rglob("*")):
+        name = src.relative_to(processed)
+        if not src.is_file() or any(p.startswith((".", "_")) for p in name.parts):
+            continue
+        if src.suffix == ".ipynb":
+            n = stage_notebook(src, folder / page_name(name))
+            if n:
+                missing[name.as_posix()] = n
+    for src in sorted(NBS.rglob("*")):  # pictures, style sheets, Markdown
+        name = src.relative_to(NBS)
+        if src.is_file() and src.suffix != ".ipynb" and not any(p.startswith((".", "_")) for p in name.parts) and src.suffix != ".tmp":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(src, folder / name)
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    have = {p.relative_to(folder).as_posix() for p in folder.rglob("*.ipynb")}
+    site = config["website"]
+    for side in ("left", "right"):
+        if side in site["navbar"]:
+            site["navbar"][side] = known_pages(site["navbar"][side], have)
+    site["sidebar"]["contents"] = known_pages(site["sidebar"]["contents"], have)
+    config["format"]["html"].pop("html-math-method", None)  # done below
+    (folder / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return missing
+
+
+# ------------------------------------------------------------------ after the renderer: the pages
+
+
+MATH = re.compile(r'<span class="math (inline|display)">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</span>', re.S)
+CDN = re.compile(r'<(?:link|script)\b[^>]*(?:href|src)="https?://[^"]*"[^>]*>(?:</script>)?')
+
+
+def mathml(page, text, wrong):
+    "Typeset LaTeX as MathML, which browsers read without any script or network."
+    from latex2mathml.converter import convert
+
+    def one(m):
+        latex = html.unescape(m[2]).strip()
+        try:
+            made = convert(latex, display="block" if m[1] == "display" else "inline")
+        except Exception as e:
+            wrong.append(f"{page}: maths that cannot be typeset ({type(e).__name__}): {latex[:80]}")
+            return m[0]
+        left = re.findall(r"<m\w+[^>]*>(\\[a-zA-Z]+)</m\w+>", made)
+        if left:
+            wrong.append(f"{page}: maths with unknown commands {', '.join(sorted(set(left)))}: {latex[:80]}")
+        return re.sub(r"<math\b", f'<math alttext="{html.escape(latex, quote=True)}"', made, count=1)
+    return MATH.sub(one, text)
+
+
+class Links(HTMLParser):
+    "The links, anchors, pictures and outside resources of a page."
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.links, self.no_alt, self.outside = set(), [], 0, []
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if a.get("id"):
+            self.ids.add(a["id"])
+        if tag == "a" and a.get("name"):
+            self.ids.add(a["name"])
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag == "img" and not (a.get("alt") or "").strip():
+            self.no_alt += 1
+        url = a.get("src") or (a.get("href") if tag == "link" else None)
+        if url and not url.startswith("data:"):
+            (self.outside if re.match(r"(https?:)?//", url) else self.links).append(url)
+
+
+def check_links(site):
+    "Every internal link and anchor that leads nowhere, every picture without alternative text, everything from another host."
+    pages = {}
+    for f in sorted(site.rglob("*.html")):
+        p = Links()
+        p.feed(f.read_text(encoding="utf-8"))
+        pages[f.relative_to(site).as_posix()] = p
+    wrong = []
+    for name, p in pages.items():
+        wrong += [f"{name}: needs the network: {u}" for u in p.outside]
+        if p.no_alt:
+            wrong.append(f"{name}: {p.no_alt} picture(s) without alternative text")
+        for href in sorted(set(p.links)):
+            if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//", href):
+                continue
+            path, _, anchor = href.partition("#")
+            path = urllib.parse.unquote(path.partition("?")[0])
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), path)) if path else name
+            if (site / target).is_dir():
+                target = posixpath.normpath(posixpath.join(target, "index.html"))
+            if not (site / target).is_file():
+                wrong.append(f"{name}: broken link {href}")
+            elif anchor and target in pages and urllib.parse.unquote(anchor) not in pages[target].ids:
+                wrong.append(f"{name}: broken anchor {href}")
+    return wrong
+
+
+def build(out):
+    "Build the site into a folder and check it; raises `BadDocs` with everything that is wrong."
+    import ziamath
+    from smalldocs.config import load
+    from smalldocs.site import Site
+
+    folder = ROOT / "_proc" / "site"
+    missing = stage(folder)
+    site = Site(load(folder), quiet=True)
+    n = site.build()
+    wrong = list(site.warnings)
+    for f in sorted(site.out.rglob("*.html")):
+        name = f.relative_to(site.out).as_posix()
+        f.write_text(CDN.sub("", mathml(name, f.read_text(encoding="utf-8"), wrong)), encoding="utf-8")
+    for f in site.out.rglob("*.css"):  # themes fetch their fonts; the system's serve as well
+        text = f.read_text(encoding="utf-8")
+        f.write_text(re.sub(r"@import\s+url\(['\"]?https?://[^)]*\);?", "", text), encoding="utf-8")
+    font = next(Path(ziamath.__file__).parent.glob("fonts/STIXTwoMath*.ttf"))
+    shutil.copy(font, site.out / "site_libs" / "stix-two-math.ttf")
+    wrong += check_links(site.out)
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.move(site.out, out)
+    for name, k in missing.items():
+        print(f"  note: {name}: {k} figure(s) without `#| fig-alt:` (the sentence before them is used)")
+    print(f"  {n} pages in {os.path.relpath(out, ROOT)}")
+    if wrong:
+        raise BadDocs("\n".join(f"  {w}" for w in sorted(set(wrong))))
+
+
+# ------------------------------------------------------------------ README and preview
+
+
+def readme():
+    "README.md as nbs/index.ipynb gives it: the Markdown cells, the code that is shown, and what it printed."
+    cfg = ConfigParser(delimiters=["="], interpolation=None)
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
+    out = ["<!-- made from nbs/index.ipynb by `make readme`; edit that -->"]
+    for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
+        text = joined(cell["source"]).strip()
+        flags = [line[2:].strip() for line in text.split("\n") if line.startswith("#|")]
+        if any(f.split(":")[0].strip() in ("hide", "default_exp", "export") for f in flags) or not text:
+            continue
+        body = "\n".join(line for line in text.split("\n") if not line.startswith("#|")).strip()
+        if cell["cell_type"] == "markdown":
+            body = outside_code(body, lambda t: re.sub(r"\]\((?![a-z]+:|#|/)([^)\s]+)\)", r"](nbs/\1)", t))
+            out.append(body)
+        elif cell["cell_type"] == "code" and body and "echo: false" not in flags:
+            out.append(f"```python\n{body}\n```")
+            for o in cell.get("outputs", []):
+                shown = joined(o.get("text", "")) if o["output_type"] == "stream" else joined(o.get("data", {}).get("text/plain", ""))
+                if shown.strip() and not any(m.startswith("image/") for m in o.get("data", {})):
+                    out.append("```text\n" + shown.strip("\n") + "\n```")
+    return "\n\n".join(out) + "\n"
+
+
+def preview(out, port=4200):
+    "Build (showing what is wrong), then serve the site on this machine until Ctrl-C."
+    try:
+        build(out)
+    except BadDocs as e:
+        print(e, file=sys.stderr)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(out))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+        print(f"the site is at http://127.0.0.1:{port}/ (Ctrl-C stops it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+
+
+def main():
+    "The command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["build", "preview", "readme"])
+    parser.add_argument("folder", nargs="?", default=ROOT / "_docs", type=Path)
+    args = parser.parse_args()
+    if args.what == "readme":
+        (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    elif args.what == "preview":
+        preview(args.folder.resolve())
+    else:
+        try:
+            build(args.folder.resolve())
+        except BadDocs as e:
+            print(f"the site has these faults:\n{e}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

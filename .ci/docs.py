@@ -125,7 +125,7 @@ def known_pages(items, have):
                     continue
             if item.get("href"):
                 page = page_name(Path(item["href"])).as_posix()
-                if page.endswith(".ipynb") and page not in have:
+                if page.endswith((".ipynb", ".md")) and page not in have:
                     continue
                 item["href"] = page
             out.append(item)
@@ -155,7 +155,7 @@ def stage(folder):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(src, folder / name)
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    have = {p.relative_to(folder).as_posix() for p in folder.rglob("*.ipynb")}
+    have = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".ipynb", ".md")}
     site = config["website"]
     for side in ("left", "right"):
         if side in site["navbar"]:
@@ -187,7 +187,7 @@ def mathml(page, text, wrong):
         left = re.findall(r"<m\w+[^>]*>(\\[a-zA-Z]+)</m\w+>", made)
         if left:
             wrong.append(f"{page}: maths with unknown commands {', '.join(sorted(set(left)))}: {latex[:80]}")
-        return re.sub(r"<math\b", f'<math alttext="{html.escape(latex, quote=True)}"', made, count=1)
+        return made.replace("<math", f'<math alttext="{html.escape(latex, quote=True)}"', 1)
     return MATH.sub(one, text)
 
 

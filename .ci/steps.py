@@ -157,7 +157,7 @@ def test_notebooks(tmp, flags=(), only=None, workers=2):
         slot = slots.get()
         start = time.monotonic()
         try:
-            cmd = [BIN / "nbdev-test", path, *(["--flags", " ".join(flags)] if flags else []), "--cell_timing_min", "20"]
+            cmd = [BIN / "nbdev-test", path, *(["--flags", " ".join(flags)] if flags else []), "--cell-timing-min", "20"]
             try:
                 r = run(cmd, env=environment(tmp, slot), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800)
                 code, out = r.returncode, r.stdout + r.stderr

@@ -180,6 +180,16 @@ def test_sidebar_lists_every_page_once(root, notebooks):
     assert chapters == sorted(chapters), "reading order is dependency order"
 
 
+def test_bibliography_is_the_page(root, notebooks):
+    "references.bib and the page of references name the same works."
+    page = " ".join("\n".join(text(c) for c in notebooks[Path("references.ipynb")]["cells"]).replace("\n  ", " ").split())
+    works = re.findall(r"^@\w+\{(\w+),\n(.*?)^\}", (root / "nbs/references.bib").read_text(encoding="utf-8"), re.S | re.M)
+    assert len(works) == len(re.findall(r"\(\d{4}\)\. ", page)) and len({k for k, _ in works}) == len(works)
+    for key, fields in works:
+        title, year = re.search(r"title = \{\{(.+)\}\}", fields)[1], re.search(r"year = \{(\d+)\}", fields)[1]
+        assert f"({year}). {title}." in page, f"{key} is in references.bib but not on the page with this title and year"
+
+
 def test_help_is_quick(root, notebooks):
     "`spike-ppl --help` does not load PyMC (3 to 5 s)."
     if "sort" not in modules(notebooks):

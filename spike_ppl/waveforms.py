@@ -85,7 +85,7 @@ def _shift_matrix(shift, n_out, pad, kernel_half, max_shift):
 # %% ../nbs/02_waveforms.ipynb #159fbfb1
 STEPS = 10   # sub-sample resolution: tenths of a sample
 
-# %% ../nbs/02_waveforms.ipynb #a0038d0a
+# %% ../nbs/02_waveforms.ipynb #b141f976
 def cut(
     recording, # recording, usually standardised
     sample_index, # spike times in samples (spike,), or what `find_spikes` returned
@@ -107,7 +107,7 @@ def cut(
 ):
     """Waveforms (spike, time, channel) with the coordinates and attributes of the data contract, float32.
 
-    `sample_index` stays what was given; `shift` (samples) says how far from it the trough is, so that time 0 is `sample_index + shift`.
+    `sample_index` stays what was given; `subsample_shift` (samples) says how far from it the trough is, so that time 0 is `sample_index + subsample_shift`.
     Spikes whose window leaves the recording are dropped, and counted in `attrs['n_dropped_at_edges']`."""
     plan = _plan(recording, sample_index, peak_channel, before, after, align, max_shift, sign)
     n_bytes = 4 * len(plan.index) * plan.width * plan.n_channels
@@ -122,7 +122,7 @@ def cut(
     if clear: out = out.assign_coords(clear=("spike", clear_spikes(out, radius=radius)))
     return out
 
-# %% ../nbs/02_waveforms.ipynb #acfdf003
+# %% ../nbs/02_waveforms.ipynb #40dd73aa
 from typing import NamedTuple
 
 class _Plan(NamedTuple):
@@ -227,21 +227,22 @@ def _labelled(recording, plan, values, shift, amplitude, peak):
         n_dropped_at_edges=plan.n_dropped, processing=json.dumps(history(recording)))
     coords = dict(time=("time", np.arange(-plan.before, plan.after + 1) / rate * 1000, dict(units="ms")), channel=("channel", np.asarray(recording.channel_ids)),
         x=("channel", xy[:, 0].astype(float), dict(units="µm")), y=("channel", xy[:, 1].astype(float), dict(units="µm")), sample_index=("spike", plan.index),
-        peak_channel=("spike", np.asarray(recording.channel_ids)[peak]), shift=("spike", shift), amplitude=("spike", amplitude), clear=("spike", np.ones(len(plan.index), bool)))
+        peak_channel=("spike", np.asarray(recording.channel_ids)[peak]), subsample_shift=("spike", shift), amplitude=("spike", amplitude), clear=("spike", np.ones(len(plan.index), bool)))
     return xr.DataArray(values, dims=("spike", "time", "channel"), coords=coords, attrs=attrs, name="waveforms")
 
 def _units(recording):
     if recording.get_annotation("standardised"): return "noise sd"
     return "counts" if recording.get_channel_gains() is None or not np.allclose(recording.get_channel_gains(), 1) else "µV"
 
-# %% ../nbs/02_waveforms.ipynb #2629d0ac
+# %% ../nbs/02_waveforms.ipynb #ee8975c1
 def clear_spikes(
     waveforms, # (spike, time, channel)
     radius=None, # µm within which another spike disturbs; 1.5 times the electrodes' spacing by default
-    outlying=4., # robust sd (of the log distance to similar spikes) beyond which a shape is outlying
+    outlying=2., # how far beyond the median a log distance to similar spikes is outlying, in sd of the lower half
     n_reference=1500, # spikes per channel that shapes are compared with
-    n_components=10, # principal components that shapes are compared in
+    n_components=20, # principal components that shapes are compared in
     k=6, # the k-th most similar shape counts
+    variability=.02, # part of a spike's size that its shape may vary by without being outlying
 ):
     """True for each spike that has no other spike in its window on neighbouring channels and no outlying shape.
 
@@ -257,16 +258,18 @@ def clear_spikes(
     peak = {c: i for i, c in enumerate(w["channel"].values.tolist())}
     peak = np.array([peak[c] for c in w["peak_channel"].values.tolist()])
     alone = ~_crowded(w["sample_index"].values, peak, near, max(w.attrs["sample_before"], w.attrs["sample_after"]))
-    distance = np.zeros(n)
+    distance, size = np.zeros(n), np.zeros(n)
     for c in np.unique(peak):
         rows = np.flatnonzero(peak == c)
-        distance[rows] = _kth_distance(w, rows, np.flatnonzero(near[c]), n_reference, n_components, k)
+        distance[rows], size[rows] = _kth_distance(w, rows, np.flatnonzero(near[c]), n_reference, n_components, k)
     known = distance > 0
     if known.sum() < 20: return alone
-    centre = np.median(distance[known]); sd = np.median(np.abs(distance[known] - centre)) / .6745
-    return alone & (distance <= centre + outlying * max(sd, 1e-6 * abs(centre)))
+    usual = np.median(distance[known])
+    z = np.where(known, np.log(np.maximum(distance, 1e-12) / np.hypot(usual, variability * size)), -np.inf)
+    low, centre = np.quantile(z[known], [.16, .5])   # collisions lie above, so the lower half tells what is usual
+    return alone & (z <= centre + outlying * max(centre - low, 1e-6))
 
-# %% ../nbs/02_waveforms.ipynb #0c37eab6
+# %% ../nbs/02_waveforms.ipynb #02e39497
 def _crowded(index, peak, near, window):
     "True where another spike stands within `window` samples on a neighbouring channel."
     order = np.argsort(index, kind="stable")
@@ -281,29 +284,30 @@ def _crowded(index, peak, near, window):
     return back
 
 def _kth_distance(w, rows, channels, n_reference, n_components, k):
-    "Log distance of each spike in `rows` to the k-th most similar of a reference set, in principal components."
+    "Distance of each spike in `rows` to the k-th most similar of a reference set, in principal components; and its own size."
     n = len(rows)
-    if n <= 2 * k: return np.zeros(n)
+    if n <= 2 * k: return np.zeros(n), np.zeros(n)
     reference = rows[np.unique(np.linspace(0, n - 1, min(n, n_reference)).astype(int))]
     take = lambda r: np.asarray(w.data[r][:, :, channels], "float32").reshape(len(r), -1)
     x = take(reference)
     mean = np.median(x, 0)
     x = x - mean
-    # spikes of very different size are compared on the scale of their own noise, so no scaling here; clip keeps artefacts from being components
     size = np.linalg.norm(x, axis=1, keepdims=True)
-    clipped = x * np.minimum(1, np.quantile(size, .95) / np.maximum(size, 1e-12))
+    clipped = x * np.minimum(1, np.quantile(size, .95) / np.maximum(size, 1e-12))   # an artefact must not become a component
     vectors = np.linalg.eigh(clipped.T @ clipped)[1][:, ::-1][:, :n_components]
-    out = np.empty(n)
+    out, sizes = np.empty(n), np.empty(n)
     ref = x @ vectors
     ref_rest = np.maximum((x**2).sum(1) - (ref**2).sum(1), 0)
     kk = min(k, len(reference) - 1)
     for a in range(0, n, 4096):
-        y = take(rows[a:a + 4096]) - mean
+        y = take(rows[a:a + 4096])
+        sizes[a:a + 4096] = np.linalg.norm(y, axis=1)
+        y -= mean
         z = y @ vectors
         rest = np.sqrt(np.maximum((y**2).sum(1) - (z**2).sum(1), 0))[:, None] - np.sqrt(ref_rest)[None]   # what the components miss, compared by size
         d2 = (z**2).sum(1)[:, None] + (ref**2).sum(1)[None] - 2 * z @ ref.T + rest**2
         out[a:a + 4096] = np.partition(d2, kk, axis=1)[:, kk]
-    return .5 * np.log(np.maximum(out, 1e-12))
+    return np.sqrt(np.maximum(out, 1e-12)), sizes
 
 # %% ../nbs/02_waveforms.ipynb #4190e09b
 def noise_covariance(

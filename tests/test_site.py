@@ -1,0 +1,139 @@
+"""The docs site in a real browser: every page, light and dark, wide and on a phone, without the network."""
+import functools
+import http.server
+import os
+import shutil
+import threading
+
+import docs
+import pytest
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium: Debian's, or the one that CHROMIUM names."
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium; or set CHROMIUM to one)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=path, args=FLAGS)
+        yield b
+        b.close()
+
+
+@pytest.fixture(scope="session")
+def site(root):
+    "The built site: the folder and its pages."
+    folder = root / "_docs"
+    if not (folder / "index.html").is_file():
+        pytest.skip("the site is not built: run `make docs` first (`make test` does)")
+    return folder, sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.html"))
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    "The site served on this machine."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site[0])))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture
+def tab(browser, address):
+    "Open a tab of a given width and theme; it keeps what went wrong in `tab.faults`, and reaches no other host."
+    opened = []
+
+    def new(width=1280, dark=False):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+        opened.append(context)
+        page = context.new_page()
+        page.faults = []
+        page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: page.faults.append(str(e)))
+        page.on("response", lambda r: page.faults.append(f"{r.status} {r.url}") if r.status >= 400 and not r.url.endswith("favicon.ico") else None)
+
+        def local(route):
+            if route.request.url.startswith((address, "data:", "blob:")):
+                route.continue_()
+            else:
+                page.faults.append(f"asked the network for {route.request.url}")
+                route.abort()
+        page.route("**/*", local)
+        return page
+    yield new
+    for context in opened:
+        context.close()
+
+
+def test_every_page_loads_without_faults_or_network(tab, site, address):
+    page = tab()
+    for name in site[1]:
+        page.goto(address + name, wait_until="load")
+        assert page.locator("h1").count() >= 1, f"{name}: no title"
+        assert len(page.inner_text("main")) > 200, f"{name}: an empty page"
+        assert not page.faults, f"{name}: {page.faults}"
+
+
+def test_links_anchors_and_alternative_text(site):
+    assert not docs.check_links(site[0])
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_pages_fit_a_phone_and_can_be_read(tab, site, address, dark):
+    "At 390 px nothing makes the page scroll sideways, and text stands out from its background."
+    page = tab(width=390, dark=dark)
+    for name in site[1]:
+        page.goto(address + name)
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= 392, f"{name}: {wide} px wide on a phone: " + str(page.evaluate(
+            "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 395).slice(0, 3).map(e => e.outerHTML.slice(0, 150))"))
+        shades = page.evaluate("""() => { const p = document.querySelector('main p') || document.querySelector('main li');
+            const lum = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number); return .299 * r + .587 * g + .114 * b; };
+            return [lum(getComputedStyle(p).color), lum(getComputedStyle(document.body).backgroundColor)]; }""")
+        assert abs(shades[0] - shades[1]) > 90, f"{name}: text {shades[0]:.0f} on {shades[1]:.0f}"
+        assert (shades[1] < 90) == dark, f"{name}: the theme does not follow the system's"
+
+
+def test_maths_is_typeset(tab, site, address):
+    page, seen = tab(), 0
+    for name in site[1]:
+        page.goto(address + name)
+        boxes = page.evaluate("[...document.querySelectorAll('math')].filter(e => e.checkVisibility()).map(e => [e.getAttribute('alttext'), e.getBoundingClientRect().width, e.getBoundingClientRect().height])")
+        for latex, w, h in boxes:
+            assert w > 2 and h > 2, f"{name}: nothing is drawn for {latex}"
+        seen += len(boxes)
+        left = page.evaluate("document.querySelectorAll('span.math').length")
+        assert left == 0, f"{name}: {left} pieces of maths are not typeset"
+    assert seen > 50
+
+
+def test_search_finds_a_function(tab, address):
+    page = tab()
+    page.goto(address)
+    page.locator("input[type=search], .aa-Input, #quarto-search input, input[placeholder*=Search]").first.click()
+    page.keyboard.type("demo_recording", delay=20)
+    hit = page.locator("a[href*='recording.html']", has_text="demo_recording").first
+    hit.wait_for(state="visible", timeout=10000)
+    hit.click()
+    page.wait_for_url("**/recording.html*")
+    assert not page.faults
+
+
+def test_the_theme_can_be_changed_and_stays(tab, address):
+    page = tab()
+    page.goto(address)
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.locator(".quarto-color-scheme-toggle").first.click()
+    after = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert before != after
+    page.goto(address + "glossary.html")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == after

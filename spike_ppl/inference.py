@@ -14,7 +14,7 @@ from scipy.special import expit, logsumexp, softmax, xlogy
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['Statistics', 'Pass', 'Spikes']
+__all__ = ['Statistics', 'Pass', 'Spikes', 'Parts', 'parts', 'start_partition']
 
 # %% ../nbs/06_inference.ipynb #eb9eb70c
 class Statistics(NamedTuple):
@@ -157,7 +157,7 @@ class _Workspace:
             self.tails[n] = _Workspace(self.phi.shape[0], self.L.shape[0], n, self.L32 is not self.L)
         return self.tails[n]
 
-# %% ../nbs/06_inference.ipynb #8b6ebb36
+# %% ../nbs/06_inference.ipynb #b5ef8af6
 class Spikes:
     """The observed spikes, read in blocks; every pass over the data is a method of this.
 
@@ -303,3 +303,435 @@ class Spikes:
             return lse, h
         self._run(quadratic, work, False, False)
         return out
+
+
+
+# %% ../nbs/06_inference.ipynb #7a69828f
+class Parts(NamedTuple):
+    "The roles that a model's variables play, found from their effect on the units."
+    unit: tuple       # variables with one row per unit that moves that unit only
+    weights: tuple    # variables that move only the weights
+    shared: tuple     # variables that move several units at once
+    hyper: tuple      # variables that move no unit directly
+    fixed: np.ndarray # units that no variable moves, apart from their weight: bool (unit,)
+
+# %% ../nbs/06_inference.ipynb #9d67c8cc
+def parts(
+    d, # a `conjugate.Derivation`, lowered
+) -> Parts:
+    "Find out which variables are per unit, weights, shared or hyperparameters, and which units are fixed."
+    K, rng = d.n_units, np.random.default_rng(20170101)
+    one, two = d.initial(rng), d.initial(rng)
+    def moved(point):
+        c, b, A = d.unit_quadratic(point)
+        far = lambda u, v: ~np.isclose(u, v, rtol=1e-9, atol=1e-12)
+        rows = far(b, b0).any(1) | far(A, A0).reshape(K, -1).any(1)
+        return rows, far(c, c0)
+    c0, b0, A0 = d.unit_quadratic(one)
+    unit, weights, shared, hyper, free = [], [], [], [], np.zeros(K, bool)
+    for name in d.parameters:
+        rows, constant = moved({**one, name: two[name]})
+        free |= rows
+        if rows.any():
+            value = np.array(one[name])
+            alone = value.ndim > 0 and len(value) == K
+            if alone:
+                k = int(np.argmax(rows))
+                value[k] = two[name][k]
+                alone = moved({**one, name: value})[0].sum() == 1
+            (unit if alone else shared).append(name)
+        else: (weights if constant.any() else hyper).append(name)
+    return Parts(tuple(unit), tuple(weights), tuple(shared), tuple(hyper), ~free)
+
+# %% ../nbs/06_inference.ipynb #9e0140b0
+def start_partition(
+    x:np.ndarray,     # features, (spike, feature)
+    n_units:int,      # most units to use
+    seed=0,           # generator or seed
+    rounds:int=5,     # rounds of k-means after the choice of centres
+) -> np.ndarray:      # unit of each spike, int (spike,)
+    "A partition to start from: k-means++ and a few rounds of k-means."
+    rng, n = np.random.default_rng(seed), len(x)
+    square = np.einsum("nd,nd->n", x, x)
+    distance = lambda c: square - 2*(x @ c.T).T + np.einsum("kd,kd->k", c, c)[:, None]
+    centres = x[[rng.integers(n)]]
+    near = np.maximum(distance(centres)[0], 0)
+    while len(centres) < min(n_units, n):
+        total = near.sum()
+        if not total > 1e-12*square.sum(): break
+        tries = x[np.minimum(np.searchsorted(np.cumsum(near), rng.random(3)*total), n - 1)]
+        best = np.minimum(near, np.maximum(distance(tries), 0))
+        k = int(np.argmin(best.sum(1)))                           # greedy: the best of three
+        centres, near = np.vstack([centres, tries[k]]), best[k]
+    for _ in range(rounds):
+        z = np.argmin(distance(centres), axis=0)
+        count = np.bincount(z, minlength=len(centres)).astype(float)
+        for j in np.flatnonzero(count): centres[j] = x[z == j].mean(0)
+    return np.argmin(distance(centres), axis=0).astype(np.int32)
+
+# %% ../nbs/06_inference.ipynb #f54e60de
+def _lifted(x, full, centre):
+    "Features and their products, (spike, product)."
+    y = x - centre
+    if not full: return np.concatenate([y, y*y], 1)
+    i, j = np.triu_indices(x.shape[1])
+    return np.concatenate([y, y[:, i]*y[:, j]], 1)
+
+def _lowered_weights(quadratic, centre):
+    "Constant and weights such that log-probabilities are constant + lifted @ weights.T"
+    c, b, A = quadratic
+    if A.ndim == 3:
+        i, j = np.triu_indices(b.shape[1])
+        Am = A @ centre
+        W = np.concatenate([b - Am, np.where(i == j, -.5, -1.)*(A[:, i, j] + A[:, j, i])/2], 1)
+    else: Am = A*centre; W = np.concatenate([b - Am, -.5*A], 1)
+    return c + b @ centre - .5*Am @ centre, W
+
+def _unlift(N, S, full, centre):
+    "Statistics from counts and summed products."
+    D = len(centre)
+    m = np.where(N[:, None] > 0, S[:, :D]/np.maximum(N, 1e-300)[:, None], 0.)
+    if full:
+        i, j = np.triu_indices(D)
+        scatter = np.empty((len(N), D, D))
+        scatter[:, i, j] = scatter[:, j, i] = S[:, D:]
+        scatter -= N[:, None, None]*m[:, :, None]*m[:, None, :]
+    else: scatter = np.maximum(S[:, D:] - N[:, None]*m*m, 0.)
+    return Statistics(N, m + centre, scatter)
+
+# %% ../nbs/06_inference.ipynb #1b9e60f9
+def _around(family, value):
+    "Natural parameters of a factor concentrated near a value."
+    v, name = np.asarray(value, float), family.name
+    if name == "Normal": return np.full(v.shape, 1e2), 1e2*v
+    if name == "MvNormal":
+        inner = family._in(v)
+        P = np.broadcast_to(1e2*np.eye(inner.shape[-1]), (*inner.shape, inner.shape[-1])).copy()
+        return P, 1e2*inner
+    if name == "Gamma": return np.full(v.shape, 10.), 10./v
+    if name == "InverseGamma": return np.full(v.shape, 10.), 10.*v
+    if name == "Beta": return 10*v, 10*(1 - v)
+    if name == "Dirichlet": return (10*v*v.shape[-1],)
+    if name == "Wishart":
+        nu = v.shape[-1] + 10.
+        return np.full(v.shape[:-2], nu), nu*np.linalg.inv(v)
+    if name == "Categorical": return (np.zeros((*v.shape, family.n_values)),)
+    raise ValueError(f"no factor near a value is known for the family {name!r}")
+
+def _settle(d, q, s, sweeps=1):
+    "Update every parameter's factor in turn, in place."
+    for _ in range(sweeps):
+        for name in d.parameters: q[name] = d.expected_natural(name, q, s)
+    return q
+
+def _elbo(d, q, s, entropy):
+    "The bound at these factors, statistics and entropy of the responsibilities."
+    return d.energy(q, s) + sum(d.family[k].entropy(q[k]) for k in d.parameters) + entropy
+
+def _first_factors(d, s, sweeps=3):
+    "Factors that fit the statistics of a starting partition."
+    return _settle(d, {k: _around(d.family[k], v) for k, v in d.initial().items() if k in d.parameters}, s, sweeps)
+
+# %% ../nbs/06_inference.ipynb #0dcd319f
+class _State(NamedTuple):
+    "Variational state on a subset of spikes."
+    q: dict
+    R: np.ndarray
+    s: Statistics
+    elbo: float
+
+class _Local:
+    "Variational passes and moves on a subset that fits the cache."
+    def __init__(self, d, x, roles, seed=0):
+        self.d, self.x, self.roles = d, x, roles
+        self.full = d.structure == "full"
+        self.centre = x.mean(0)
+        self.phi = _lifted(x, self.full, self.centre)
+        self.rng = np.random.default_rng(seed)
+        self.failed = {}
+
+    def statistics(self, R): return _unlift(R.sum(0), R.T @ self.phi, self.full, self.centre)
+
+    def logits(self, q, rows=slice(None), units=slice(None)):
+        c, W = _lowered_weights(self.d.expected_quadratic(q), self.centre)
+        return c[units] + self.phi[rows] @ W[units].T
+
+    @staticmethod
+    def entropy(R): return -float(xlogy(R, R).sum())
+
+    def at(self, R, q=None, sweeps=2):
+        s = self.statistics(R)
+        q = _first_factors(self.d, s) if q is None else _settle(self.d, dict(q), s, sweeps)
+        return _State(q, R, s, _elbo(self.d, q, s, self.entropy(R)))
+
+    def passes(self, state, n=1, tolerance=0.):
+        for _ in range(n):
+            new = self.at(softmax(self.logits(state.q), axis=1), state.q, 1)
+            gain = new.elbo - state.elbo
+            state = new
+            if gain < tolerance: break
+        return state
+
+    def start(self, seed):
+        z = start_partition(self.x, int((~self.roles.fixed).sum()), seed)
+        free = np.flatnonzero(~self.roles.fixed)
+        order = np.argsort(-np.bincount(z, minlength=len(free)), kind="stable")
+        R = np.zeros((len(self.x), self.d.n_units))
+        R[np.arange(len(z)), free[np.argsort(order)[z]]] = 1.
+        return self.at(R)
+
+    # -- moves: each returns a candidate state or None
+    def _judge(self, state, R, q):
+        new = self.passes(self.at(R, q), 2)
+        return new if new.elbo > state.elbo + 1e-6*abs(state.elbo)**.5 else None
+
+    def merge(self, state, i, j):
+        R, s = state.R, state.s
+        new = R.copy(); new[:, i] += R[:, j]; new[:, j] = 0
+        both = new[:, i]
+        change = float(xlogy(R[:, i], R[:, i]).sum() + xlogy(R[:, j], R[:, j]).sum() - xlogy(both, both).sum())
+        t = self.pooled(s, i, j)
+        q = _settle(self.d, dict(state.q), t, 2)
+        gain = _elbo(self.d, q, t, self.entropy(R) + change) - state.elbo
+        return gain, new, q
+
+    def pooled(self, s, i, j):
+        N, m, S = (np.array(v) for v in s)
+        n = N[i] + N[j]
+        if n > 0:
+            delta = m[j] - m[i]
+            w = N[i]*N[j]/n
+            S[i] += S[j] + w*(np.outer(delta, delta) if self.full else delta*delta)
+            m[i] = (N[i]*m[i] + N[j]*m[j])/n
+        N[i], N[j], m[j], S[j] = n, 0., 0., 0.
+        return Statistics(N, m, S)
+
+    def split(self, state, k, j, how, scans=4):
+        R = state.R
+        rows = np.flatnonzero(R[:, k] > 1e-4)
+        if len(rows) < 4: return -np.inf, None, None
+        w, y = R[rows, k], self.x[rows]
+        centred = y - (w @ y)/w.sum()
+        if how == "axis":
+            _, vectors = np.linalg.eigh((centred.T*w) @ centred)
+            side = centred @ vectors[:, -1]
+            left = side > 0
+        else:
+            scaled = centred/np.sqrt(np.maximum(w @ centred**2/w.sum(), 1e-12)) if how == "scaled" else centred
+            left = start_partition(scaled, 2, self.rng, 3) == 0
+        rho = np.where(left, .95, .05)
+        q = dict(state.q)
+        q = self.transplant(q, k, j)
+        base_entropy = self.entropy(R)
+        best = -np.inf
+        N, m, S = (np.array(v) for v in state.s)
+        phi = self.phi[rows]
+        for scan in range(scans):
+            both = np.stack([w*rho, w*(1 - rho)])
+            t = _unlift(both.sum(1), both @ phi, self.full, self.centre)
+            for a, b in zip((N, m, S), t): a[k], a[j] = b[0], b[1]
+            s = Statistics(N.copy(), m.copy(), S.copy())
+            q = _settle(self.d, q, s, 2 if scan == 0 else 1)
+            if min(s.count[k], s.count[j]) < 1.5: return -np.inf, None, None
+            if scan == scans - 1: break
+            l = self.logits(q, rows, [k, j])
+            rho = expit(l[:, 0] - l[:, 1])
+        h = float((w*(-xlogy(rho, rho) - xlogy(1 - rho, 1 - rho))).sum())
+        gain = _elbo(self.d, q, s, base_entropy + h) - state.elbo
+        new = R.copy(); new[:, j] += 0; new[rows, k] = w*rho; new[rows, j] = R[rows, j] + w*(1 - rho)
+        return gain, new, q
+
+    def transplant(self, q, k, j):
+        "Give unit j the factors of unit k."
+        for name in self.roles.unit:
+            q[name] = tuple(np.array(v) for v in q[name])
+            for v in q[name]:
+                if v.ndim and len(v) == self.d.n_units: v[j] = v[k]
+        return q
+
+    def death(self, state, k):
+        rows = np.flatnonzero(state.R[:, k] > 1e-6)
+        l = self.logits(state.q, rows); l[:, k] = -np.inf
+        new = state.R.copy(); new[:, k] = 0
+        new[rows] += state.R[rows, k][:, None]*softmax(l, axis=1)
+        return new
+
+    def sort(self, state):
+        free = np.flatnonzero(~self.roles.fixed)
+        order = free[np.argsort(-state.s.count[free], kind="stable")]
+        if np.array_equal(order, free): return None
+        R = state.R.copy(); R[:, free] = state.R[:, order]
+        q = dict(state.q)
+        for name in self.roles.unit:
+            q[name] = tuple(np.array(v) for v in q[name])
+            for v, old in zip(q[name], state.q[name]):
+                if v.ndim and len(v) == self.d.n_units: v[free] = old[order]
+        new = self.at(R, q, 3)
+        return new if new.elbo > state.elbo + 1e-9*abs(state.elbo) else None
+
+    def pairs(self, state, most):
+        "Pairs of units worth merging, most overlapping first."
+        N = state.s.count
+        live = np.flatnonzero((N > 1e-3) & ~self.roles.fixed)
+        if len(live) < 2: return []
+        O = state.R[:, live].T @ state.R[:, live]
+        m = state.s.mean[live]
+        S = state.s.scatter[live]
+        var = (np.einsum("kdd->kd", S) if self.full else S).sum(0)/max(N[live].sum(), 1.) + 1e-12
+        D2 = (((m[:, None] - m[None])**2)/var).sum(-1)
+        i, j = np.triu_indices(len(live), 1)
+        overlap = O[i, j]/np.minimum(N[live][i], N[live][j])
+        order = np.argsort(-overlap, kind="stable")[:most].tolist()
+        near = np.argsort(D2[i, j], kind="stable")[:most].tolist()
+        seen = dict.fromkeys([*order, *near])
+        return [(int(live[i[p]]), int(live[j[p]])) for p in seen]
+
+    def _mark(self, state, *units): return tuple(round(float(state.s.count[u]), 1) for u in units)
+
+    def improve(self, state, rounds=10, progress=lambda state: None):
+        "Try moves until none is accepted."
+        d, roles = self.d, self.roles
+        for _ in range(rounds):
+            before = state.elbo
+            for how in ("death", "merge", "split"):
+                state = getattr(self, "_try_" + how)(state)
+                progress(state)
+            state = self.sort(state) or state
+            state = self.passes(state, 3)
+            if state.elbo - before < 1e-7*abs(before) + 1e-3: break
+        return state
+
+    def _try_death(self, state):
+        N = state.s.count
+        for k in np.argsort(N, kind="stable"):
+            if self.roles.fixed[k] or N[k] < 1e-3: continue
+            if N[k] > max(20, .03*N.sum()): break
+            mark = ("death", k, self._mark(state, k))
+            if mark in self.failed: continue
+            new = self._judge(state, self.death(state, k), state.q)
+            if new is None: self.failed[mark] = True
+            else: state = new; N = state.s.count
+        return state
+
+    def _try_merge(self, state):
+        for i, j in self.pairs(state, self.d.n_units):
+            if min(state.s.count[i], state.s.count[j]) < 1e-3: continue
+            if state.s.count[j] > state.s.count[i]: i, j = j, i
+            mark = ("merge", i, j, self._mark(state, i, j))
+            if mark in self.failed: continue
+            gain, R, q = self.merge(state, i, j)
+            new = self._judge(state, R, q) if gain > -.02*min(state.s.count[i], state.s.count[j]) - 5 else None
+            if new is None: self.failed[mark] = True
+            else: state = new
+        return state
+
+    def _try_split(self, state):
+        for k in np.argsort(-state.s.count, kind="stable"):
+            if self.roles.fixed[k] or state.s.count[k] < 8: continue
+            mark = ("split", k, self._mark(state, k))
+            if mark in self.failed: continue
+            base, j = state, self._empty(state)
+            if j is None:                                         # no unit to spare: merge the cheapest pair first
+                base, j = self._spare(state, k)
+                if base is None: self.failed[mark] = True; continue
+            new = None
+            for how in ("axis", "scaled"):
+                gain, R, q = self.split(base, k, j, how)
+                if R is not None and base.elbo + gain > state.elbo - .02*state.s.count[k] - 5:
+                    new = self._judge(state, R, q)
+                    if new is not None: break
+            if new is None: self.failed[mark] = True
+            else: state = new
+        return state
+
+    def _empty(self, state):
+        for k in np.flatnonzero(~self.roles.fixed):
+            if state.s.count[k] < .5: return int(k)
+        return None
+
+    def _spare(self, state, keep):
+        best = (-np.inf, None, None)
+        for i, j in self.pairs(state, 3):
+            if keep in (i, j): continue
+            gain, R, q = self.merge(state, i, j)
+            if gain > best[0]: best = (gain, R, q, j)
+        if best[1] is None: return None, None
+        gain, R, q, j = best
+        return _State(q, R, self.statistics(R), state.elbo + gain), j
+
+# %% ../nbs/06_inference.ipynb #13c6570c
+class _Batches:
+    "Memoised passes over all spikes: the statistics of every batch are remembered."
+    def __init__(self, d, spikes, n_batches=None):
+        self.d, self.spikes = d, spikes
+        n = spikes.n
+        n_batches = n_batches or int(np.clip(n//32_768, 1, 16))
+        edges = np.linspace(0, n, n_batches + 1).astype(int)
+        self.batches = [spikes] if n_batches == 1 else [Spikes(spikes.x[a:b], spikes.threads, spikes.float32) for a, b in zip(edges[:-1], edges[1:])]
+        self.memory = [None]*len(self.batches)
+
+    def total(self):
+        "Sum of the remembered batches."
+        known = [m for m in self.memory if m is not None]
+        if len(known) == 1: return known[0]
+        N = np.stack([s.count for s, _ in known]); n = N.sum(0)
+        m = np.stack([s.mean for s, _ in known])
+        S = np.sum([s.scatter for s, _ in known], axis=0)
+        mean = (N[..., None]*m).sum(0)/np.maximum(n, 1e-300)[:, None]
+        delta = m - mean
+        spread = np.einsum("bk,bki,bkj->kij", N, delta, delta, optimize=True) if S.ndim == 3 else np.einsum("bk,bki->ki", N, delta**2)
+        return Statistics(n, mean, S + spread), sum(h for _, h in known)
+
+    def run(self, q, sweeps=2):
+        "One full pass; returns factors, statistics and the ELBO."
+        d, first = self.d, self.memory[0] is None
+        for b, batch in enumerate(self.batches):
+            p = batch.soft(d.expected_quadratic(q))
+            self.memory[b] = (p.statistics, p.entropy)
+            if first and b < len(self.batches) - 1: continue      # the first pass only collects
+            s, entropy = self.total()
+            q = _settle(d, dict(q), s, sweeps)
+        return q, s, _elbo(d, q, s, entropy)
+
+# %% ../nbs/06_inference.ipynb #d0491243
+class _Path:
+    "What a fit remembers of its way: ELBO and parameters per full pass."
+    def __init__(self): self.elbo, self.values = [], {}
+    def add(self, elbo, values):
+        self.elbo.append(elbo)
+        for k, v in values.items(): self.values.setdefault(k, []).append(v)
+
+def _vb(d, spikes, seed, *, starts, subset, moves, passes, tolerance, q=None, path=None, batches=None, progress=lambda *a: None):
+    "Variational Bayes of a lowered mixture: subset with restarts and moves, then full passes."
+    rng = np.random.default_rng(seed)
+    roles = parts(d)
+    path = path or _Path()
+    with _one_blas_thread:
+        if q is None:
+            rows = spikes.sample(subset, rng)
+            local = _Local(d, spikes.take(rows), roles, rng)
+            best = None
+            for _ in range(max(1, starts)):
+                state = local.passes(local.start(rng), 8, 1e-4*len(rows))
+                if best is None or state.elbo > best.elbo: best = state
+                progress("start", state.elbo)
+            if moves: best = local.improve(best, progress=lambda st: progress("moves", st.elbo))
+            else: best = local.passes(best, 20, 1e-4*len(rows))
+            q = best.q
+        whole, last = _Batches(d, spikes, batches), -np.inf
+        for _ in range(passes):
+            q, s, elbo = whole.run(q)
+            if not np.isfinite(elbo): raise FloatingPointError(f"the ELBO became {elbo}; are there NaN or infinite features, or priors far from the data's scale?")
+            path.add(elbo, _centre(d, q))
+            progress("pass", elbo)
+            if elbo - last < tolerance*spikes.n: break
+            last = elbo
+    return q, s, path
+
+def _centre(d, q):
+    "Means of the factors."
+    out = {}
+    for k in d.parameters:
+        m = np.asarray(d.family[k].mean(q[k]))
+        out[k] = m
+    return out

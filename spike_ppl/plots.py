@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.colors import to_rgb, to_hex, LinearSegmentedColormap
 from matplotlib.collections import LineCollection
 
-# %% ../nbs/08_plots.ipynb #39d22b62
-_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B40F1E", "#6900FF", "#784B69", "#8778FF")
+# %% ../nbs/08_plots.ipynb #09fcde85
+_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#C31EFF", "#C31E96", "#96B487", "#965A5A")
 _GREY, _INK = "#8C8C8C", "#767E88"
 
 def unit_colour(
@@ -33,7 +33,7 @@ _MARKERS = "o^sDvP*X"
 
 def _marker(unit): return "o" if unit < 0 else _MARKERS[(int(unit)//len(_PALETTE)) % len(_MARKERS)]
 
-# %% ../nbs/08_plots.ipynb #90af9ebb
+# %% ../nbs/08_plots.ipynb #5383af42
 def _figure(width=7., height=4.):
     "A transparent figure that no pyplot state knows."
     fig = Figure(figsize=(width, height), facecolor="none", layout="constrained")
@@ -77,7 +77,9 @@ def _ink(ax):
 
 def _legend(ax, **kwargs):
     kwargs = dict(frameon=False, fontsize=8, labelcolor=_ink(ax)) | kwargs
-    return ax.legend(**kwargs)
+    legend = ax.legend(**kwargs)
+    legend.get_title().set_color(_ink(ax))
+    return legend
 
 def _note(ax, x, y, text, **kwargs):
     kwargs = dict(color=_ink(ax), fontsize=8) | kwargs
@@ -889,7 +891,7 @@ def ppc(
     _legend(axs[0], fontsize=7, loc="upper right") if len(pick) < 3 else axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, fontsize=8, labelcolor=_ink(axs[0])) if ax is None else None
     return axs
 
-# %% ../nbs/08_plots.ipynb #c60a5026
+# %% ../nbs/08_plots.ipynb #5201d091
 def reliability(
     probability, # predicted probabilities, or a Dataset with `predicted`, `observed` and perhaps `count` per bin
     outcome=None, # what happened (bool or 0..1), with probabilities
@@ -917,12 +919,12 @@ def reliability(
     error = np.sqrt(np.maximum(o*(1 - o), 1e-9)/np.maximum(count, 1))
     if outcome is not None or count.max(initial=0) > 1: ax.vlines(p, np.clip(o - 1.6*error, 0, 1), np.clip(o + 1.6*error, 0, 1), color=unit_colour(unit), lw=1, alpha=.7)
     ece = float((count*np.abs(p - o)).sum()/max(count.sum(), 1))
-    ax.plot(p, o, color=unit_colour(unit), marker="o", ms=4, lw=1.2, label=f"{name} (calibration error {ece:.3f})".strip(), gid="reliability")
+    ax.plot(p, o, color=unit_colour(unit), marker="o", ms=4, lw=1.2, label=f"{name}, calibration error {ece:.3f}".strip(", "), gid="reliability")
     ax.set(xlabel="said probability", ylabel="observed frequency", xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect="equal")
     _legend(ax, loc="upper left", fontsize=7)
     return ax
 
-# %% ../nbs/08_plots.ipynb #01837b3d
+# %% ../nbs/08_plots.ipynb #8f076f95
 def residuals(
     data, # standardised residuals: (spike, feature), or any shape
     labels=None, # one unit per spike: a curve per unit
@@ -935,7 +937,9 @@ def residuals(
     r = np.asarray(data, dtype=float)
     ax = _axes(ax, 6, 3.5)
     edges = np.linspace(-limit, limit, bins + 1); middle = (edges[1:] + edges[:-1])/2
-    density = lambda v: np.histogram(np.clip(v[np.isfinite(v)], -limit, limit), edges)[0]/max(np.isfinite(v).sum(), 1)/np.diff(edges)
+    def density(v):
+        count = np.histogram(np.clip(v[np.isfinite(v)], -limit, limit), edges)[0].astype(float)
+        return np.where(count > 0, count, np.nan)/max(count.sum(), 1)/np.diff(edges)
     ax.plot(middle, np.exp(-middle**2/2)/np.sqrt(2*np.pi), color=_ink(ax), lw=1, ls="--", label="standard normal", gid="normal")
     if labels is None: ax.plot(middle, density(r.ravel()), color=unit_colour(0), lw=1.4, drawstyle="steps-mid", label="residuals", gid="residuals")
     else:

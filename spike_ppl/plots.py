@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['unit_colour', 'traces', 'probe', 'spike', 'unit_waveforms', 'templates', 'similarity', 'plane', 'clusters',
            'neighbour_grid', 'unit_composite', 'cluster_sizes', 'n_units', 'coclustering', 'parameters', 'elbo',
-           'optimisation_path', 'ppc', 'reliability', 'residuals', 'amplitude_over_time', 'correlogram', 'correlograms']
+           'optimisation_path', 'ppc', 'reliability', 'residuals', 'amplitude_over_time', 'correlogram', 'correlograms',
+           'cross_correlogram', 'intervals', 'merge_evidence']
 
 # %% ../nbs/08_plots.ipynb #89b1dde1
 import numpy as np, xarray as xr
@@ -173,7 +174,7 @@ def _nice(value):
 
 def _amplitude_units(waveforms): return waveforms.attrs.get("units", "a.u.")
 
-# %% ../nbs/08_plots.ipynb #8018663b
+# %% ../nbs/08_plots.ipynb #f3152190
 def traces(
     recording, # SpikeInterface recording
     *, start:float=0., # s
@@ -198,11 +199,12 @@ def traces(
     in_uv = recording.has_scaleable_traces() and units in (None, "µV") and recording.get_dtype().kind in "iu"
     data = recording.get_traces(start_frame=a, end_frame=b, channel_ids=channels, return_in_uV=True) if in_uv else recording.get_traces(start_frame=a, end_frame=b, channel_ids=channels)
     data = np.asarray(data, dtype=float)
-    units = units or ("µV" if in_uv else "a.u.")
+    units = units or ("µV" if in_uv else "noise sd" if recording.get_annotation("standardised") else "a.u.")
     ms = np.arange(a, b)/rate*1e3
     ax = _axes(ax, 7, float(np.clip(.35*len(channels) + 1.2, 3, 6)))
     ink = _ink(ax)
-    if image or (image is None and len(channels) > 48):
+    lines = not (image or (image is None and len(channels) > 48))
+    if not lines:
         top = np.percentile(np.abs(data - np.median(data, 0)), 99.5)
         mesh = ax.imshow((data - np.median(data, 0)).T, aspect="auto", origin="lower", cmap="RdBu", vmin=-top, vmax=top,
             extent=(ms[0], ms[-1], -.5, len(channels) - .5), interpolation="nearest")
@@ -212,7 +214,8 @@ def traces(
         data = data - np.median(data, 0)
         if spread is None: spread = max(4*np.median(np.abs(data))/.6745*1.6, .35*np.ptp(data), 1e-9)
         offsets = spread*np.arange(len(channels), dtype=float)
-        segments = np.stack([np.broadcast_to(ms[:, None], data.shape), data + offsets], -1).transpose(1, 0, 2)
+        x, y = _envelope(ms, data, 3000)
+        segments = np.stack([np.broadcast_to(x[:, None], y.shape), y + offsets], -1).transpose(1, 0, 2)
         ax.add_collection(LineCollection(segments, colors=ink, linewidths=.6, alpha=.85, gid="traces"))
         ax.set_ylim(-.8*spread, offsets[-1] + .8*spread)
         bar = _nice(.6*spread)
@@ -225,16 +228,25 @@ def traces(
     if sorting is not None:
         sample, unit = _spike_vector(sorting)
         half = int(.75e-3*rate)
-        seen, order = {}, np.flatnonzero((sample >= a) & (sample < b))
-        for i in order:
-            s, u = sample[i] - a, int(unit[i])
-            lo, hi = max(s - half, 0), min(s + half + 1, len(data))
-            c = int(np.argmax(np.abs(data[max(s-2, 0):s+3]).max(0)))
-            if spread == 1. and image is not False and len(channels) > 48 or image: ax.plot(ms[s], c, marker="|", ms=9, color=unit_colour(u), gid=f"unit {u}")
-            else: ax.plot(ms[lo:hi], data[lo:hi, c] + offsets[c], color=unit_colour(u), lw=1.3, gid=f"unit {u}")
-            seen.setdefault(u, None)
-        if seen: _unit_key(ax, sorted(seen))
+        near = np.flatnonzero((sample >= a) & (sample < b))
+        at, of = sample[near] - a, unit[near]
+        peak = [int(np.abs(data[max(s - 2, 0):s + 3]).max(0).argmax()) for s in at]
+        for u in np.unique(of).tolist():
+            x, y = [], []
+            for s, c in ((s, c) for s, c, v in zip(at, peak, of) if v == u):
+                if lines: x += [ms[max(s - half, 0):s + half + 1], [np.nan]]; y += [data[max(s - half, 0):s + half + 1, c] + offsets[c], [np.nan]]
+                else: x.append([ms[s]]); y.append([float(c)])
+            ax.plot(np.concatenate(x), np.concatenate(y), color=unit_colour(u), **(dict(lw=1.3) if lines else dict(ls="", marker="|", ms=9, mew=1.5)), gid=f"unit {u}")
+        if len(of): _unit_key(ax, np.unique(of).tolist())
     return ax
+
+# %% ../nbs/08_plots.ipynb #c3a9a81c
+def _envelope(x, y, n):
+    "Lowest and highest value of each of at most n/2 stretches: what a line of n points can show of a longer one."
+    if len(x) <= 2*n: return x, y
+    size = int(np.ceil(2*len(x)/n)); m = len(x)//size
+    part = y[:m*size].reshape(m, size, -1)
+    return x[:m*size].reshape(m, size)[:, [0, size//2]].ravel(), np.stack([part.min(1), part.max(1)], 1).reshape(2*m, -1)
 
 # %% ../nbs/08_plots.ipynb #38c6f275
 def _spike_vector(sorting):
@@ -1001,7 +1013,7 @@ def correlogram(
     if auto: lag = lag[other != which]
     return edges, np.histogram(lag + 1e-9, edges)[0]
 
-# %% ../nbs/08_plots.ipynb #0d03d855
+# %% ../nbs/08_plots.ipynb #896a5b03
 def correlograms(
     data, # SpikeInterface sorting, or (sample_index, unit) arrays, or labels with coord sample_index
     *, units=None, # which units; None: the first six
@@ -1019,19 +1031,106 @@ def correlograms(
     sample, label = _spike_vector(data)
     units = _units(label)[:6] if units is None else _units(label, units)
     n = len(units)
+    if n > 8: raise ValueError(f"{n} units make {n*(n + 1)//2} correlograms: draw at most 8 at a time")
     axs = _panels(n*n, ax, cols=n, width=min(1.6*n + .8, 8), height=min(1.3*n + .8, 7)).reshape(n, n)
     t = {u: np.sort(sample[label == u])/sampling_rate for u in units}
     for i, u in enumerate(units):
         for j, v in enumerate(units):
             a = axs[i, j]
             if j > i: a.set_visible(False); continue
-            edges, count = correlogram(t[u], None if i == j else t[v], window=window, bin=bin)
-            a.axvspan(-refractory, refractory, color=_ink(a), alpha=.18, lw=0, gid="refractory")
-            if i == j: a.stairs(count, edges, fill=True, color=unit_colour(u), gid=f"auto {u}")
-            else: a.stairs(count, edges, fill=True, color=_ink(a), alpha=.75, gid=f"cross {u} {v}")
-            a.set(xlim=(-window, window), ylim=(0, max(count.max(initial=0)*1.1, 1)), yticks=[])
+            _correlogram(a, t[u], None if i == j else t[v], u, v, window, bin, refractory)
+            a.set_yticks([])
             if i < n - 1: a.set_xticklabels([])
             if j == 0: a.set_ylabel(f"{u}", color=unit_colour(u), rotation=0, ha="right", va="center")
             if i == j: a.set_title(f"{u}", color=unit_colour(u), fontsize=9)
     for a in axs[-1]: a.set_xlabel("lag [ms]", fontsize=8)
+    return axs
+
+# %% ../nbs/08_plots.ipynb #c2d632cc
+def _correlogram(ax, a, b, u, v, window, bin, refractory):
+    edges, count = correlogram(a, b, window=window, bin=bin)
+    ax.axvspan(-refractory, refractory, color=_ink(ax), alpha=.18, lw=0, gid="refractory")
+    if b is None: ax.stairs(count, edges, fill=True, color=unit_colour(u), gid=f"auto {u}")
+    else: ax.stairs(count, edges, fill=True, color=_ink(ax), alpha=.75, gid=f"cross {u} {v}")
+    ax.set(xlim=(-window, window), ylim=(0, max(count.max(initial=0)*1.1, 1)))
+
+# %% ../nbs/08_plots.ipynb #44a8b734
+def cross_correlogram(
+    a, # s: spike times of one unit
+    b=None, # s: of the other; None: the auto-correlogram
+    *, unit:int=0, # number of the first, for its colour
+    other:int|None=None, # number of the second
+    window:float=50., # ms to either side
+    bin:float=1., # ms
+    refractory:float=1.5, # ms, shaded
+    expected:bool=True, # the count per bin if the two fired independently, dashed
+    duration:float|None=None, # s, of the recording, for `expected`; None: the span of the spikes
+    ax=None,
+):
+    "Draw the correlogram of two units' spike times, or of one with itself."
+    ax = _axes(ax, 4, 3)
+    _correlogram(ax, a, b, unit, other, window, bin, refractory)
+    if expected:
+        n = (len(a)*(len(a) if b is None else len(b)))
+        span = duration or max([np.ptp(t) for t in (a, b) if t is not None and len(t) > 1] or [1.])
+        rate = n*bin/1e3/max(span, 1e-9)
+        ax.axhline(rate, color=_ink(ax), lw=.9, ls="--", gid="expected")
+        ax.set_ylim(0, max(ax.get_ylim()[1], 1.25*rate))
+    ax.set(xlabel="lag [ms]", ylabel=f"pairs per {bin:g} ms")
+    return ax
+
+# %% ../nbs/08_plots.ipynb #f7eb07a3
+def intervals(
+    times, # s: spike times of one unit
+    *, unit:int=0, # its number, for the colour
+    window:float=50., # ms
+    bin:float=1., # ms
+    refractory:float=1.5, # ms, shaded
+    ax=None,
+):
+    "Draw the inter-spike intervals of a unit, the refractory period shaded and the violations counted."
+    ax = _axes(ax, 4, 3)
+    isi = np.diff(np.sort(np.asarray(times, dtype=float)))*1e3
+    count, edges = np.histogram(isi, np.arange(0, window + bin/2, bin))
+    ax.axvspan(0, refractory, color=_ink(ax), alpha=.18, lw=0, gid="refractory")
+    ax.stairs(count, edges, fill=True, color=unit_colour(unit), gid=f"unit {unit}")
+    bad = int((isi < refractory).sum())
+    _note(ax, .98, .95, f"{bad} of {len(isi):,} below {refractory:g} ms", transform=ax.transAxes, ha="right", va="top", gid="violations")
+    ax.set(xlim=(0, window), ylim=(0, max(count.max(initial=0)*1.15, 1)), xlabel="interval [ms]", ylabel="intervals")
+    return ax
+
+# %% ../nbs/08_plots.ipynb #a08a6a62
+def merge_evidence(
+    features, # (spike, feature) array
+    waveforms, # (spike, time, channel) of the same spikes, or templates (Dataset)
+    labels, # one unit per spike, or a fit
+    unit:int,
+    other:int,
+    *, times=None, # s, per spike; None: from the features' sample_index and sampling_rate
+    window:float=20., # ms, of the cross-correlogram
+    bin:float=.5, # ms
+    n:int=3000, # spikes per unit used for the line, at most
+    seed:int=0,
+    ax=None, # None, three axes, or one axes to divide
+):
+    "Draw two units' templates, their spikes on the line that separates them, and their cross-correlogram; returns the three axes."
+    x = np.asarray(features, dtype=float)
+    labels = _labels(labels, len(x))
+    _units(labels, [unit, other])
+    axs = _panels(3, ax, cols=3, width=8.5, height=2.8)
+    _overlay(waveforms if isinstance(waveforms, xr.Dataset) else xr.Dataset(dict(zip(("mean", "sd"), _templates(waveforms, np.where(np.isin(labels, [unit, other]), labels, -1))))), [unit, other], axs[0])
+    i, j = (_some(np.flatnonzero(labels == u), n, seed) for u in (unit, other))
+    both = np.concatenate([i, j])
+    p = plane(x[both], labels[both])[:, 0]
+    q = (x - x[both].mean(0)) @ p
+    edges = np.linspace(*np.quantile(q[both], [.002, .998]), 50)
+    for u, k in ((unit, i), (other, j)):
+        axs[1].stairs(np.histogram(q[k], edges)[0]/len(k)*np.sum(labels == u), edges, fill=True, color=unit_colour(u), alpha=.55, gid=f"unit {u}")
+    axs[1].set(xlabel="discriminant [a.u.]", ylabel="spikes")
+    if times is None:
+        if not (isinstance(features, xr.DataArray) and "sample_index" in features.coords and "sampling_rate" in features.attrs): raise ValueError("give times in s: these features carry no sample_index and sampling_rate")
+        times = features.sample_index.values/features.attrs["sampling_rate"]
+    times = np.asarray(times, dtype=float)
+    a, b = (np.sort(times[labels == u]) for u in (unit, other))
+    cross_correlogram(a, b, unit=unit, other=other, window=window, bin=bin, duration=float(np.ptp(times)), ax=axs[2])
     return axs

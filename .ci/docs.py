@@ -136,19 +136,26 @@ def stage(folder):
     "Process the notebooks with nbdev, then lay them out in `folder` as smalldocs reads them."
     os.chdir(ROOT)
     os.environ["IN_TEST"] = "1"  # the last cell of a notebook exports nothing
-    from nbdev.serve import proc_nbs
+    from nbdev.processors import FilterDefaults
+    from nbdev.serve_drv import exec_nb
 
-    processed = proc_nbs(force=True, n_workers=0)
     shutil.rmtree(folder, ignore_errors=True)
-    missing = {}
-    for src in sorted(processed.rglob("*")):
-        name = src.relative_to(processed)
-        if not src.is_file() or any(p.startswith((".", "_")) for p in name.parts):
+    missing, wrong = {}, []
+    for src in sorted(NBS.rglob("*.ipynb")):
+        name = src.relative_to(NBS)
+        if any(p.startswith((".", "_")) for p in name.parts):
             continue
-        if src.suffix == ".ipynb":
-            n = stage_notebook(src, folder / page_name(name))
-            if n:
-                missing[name.as_posix()] = n
+        made = folder / page_name(name)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            exec_nb(src, made, FilterDefaults)
+        except Exception as e:  # a cell that does not run: say which, and go on with the other pages
+            wrong.append(f"{name.as_posix()}: {' '.join(str(e).split())[-400:]}")
+            made.unlink(missing_ok=True)
+            continue
+        n = stage_notebook(made, made)
+        if n:
+            missing[name.as_posix()] = n
     for src in sorted(NBS.rglob("*")):  # pictures, style sheets, Markdown
         name = src.relative_to(NBS)
         if src.is_file() and src.suffix != ".ipynb" and not any(p.startswith((".", "_")) for p in name.parts) and src.suffix != ".tmp":
@@ -163,7 +170,7 @@ def stage(folder):
     site["sidebar"]["contents"] = known_pages(site["sidebar"]["contents"], have)
     config["format"]["html"].pop("html-math-method", None)  # done below
     (folder / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return missing
+    return missing, wrong
 
 
 # ------------------------------------------------------------------ after the renderer: the pages
@@ -268,11 +275,11 @@ def build(out):
     from smalldocs.site import Site
 
     folder = ROOT / "_proc" / "site"
-    missing = stage(folder)
+    missing, wrong = stage(folder)
     site = Site(load(folder), quiet=True)
     n = site.build()
     # what the renderer does not read but nbdev writes, and the links that are checked below
-    wrong = [w for w in site.warnings if "output-file is not read" not in w and "broken link" not in w]
+    wrong += [w for w in site.warnings if "output-file is not read" not in w and "broken link" not in w]
     for f in sorted(site.out.rglob("*.html")):
         name = f.relative_to(site.out).as_posix()
         f.write_text(CDN.sub("", mathml(name, f.read_text(encoding="utf-8"), wrong)), encoding="utf-8")

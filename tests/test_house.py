@@ -130,6 +130,25 @@ def test_data_flow_forward(root, notebooks, settings):
     assert seen, "the chapters import one another"
 
 
+def test_what_is_imported_is_required(root, settings):
+    "A package that the code imports is in settings.ini: always, or in an extra when it is imported inside a function."
+    from importlib.metadata import packages_distributions
+
+    owners, lib = packages_distributions(), settings["lib_name"]
+    always = {canonicalize_name(Requirement(r).name) for r in settings["requirements"].split()}
+    extra = {canonicalize_name(r.name) for r in requirements(settings)}
+    wrong = []
+    for f in sorted((root / lib).glob("*.py")):
+        tree = ast.parse(f.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {lib}:
+                allowed = always if node in tree.body else extra
+                if not {canonicalize_name(d) for d in owners.get(name, [name])} & allowed:
+                    wrong.append(f"{f.name}:{node.lineno}: {name}")
+    assert not wrong, "not in settings.ini: " + ", ".join(wrong)
+
+
 MACHINE = re.compile(r"/work/|/root/|/tmp/bash_jobs|/home/[a-z]|\.pyenv/versions/\d|artifactory|files\.pythonhosted|pypi\.org|registry\.npmjs|deb\.debian")
 PATTERNS_ARE_HERE = {"tests/test_house.py"}
 

@@ -112,15 +112,15 @@ def _within(x, k, seed=0, limit=2000, rounds=10):
                          for g in range(len(centres))])
     return np.maximum(np.median(variance[group], axis=0), 1e-6 * total)
 
-# %% ../nbs/04_models.ipynb #270d91f5
+# %% ../nbs/04_models.ipynb #f1cdffbb
 def default_priors(
     features, # DataArray (spike, feature) or array (n, d)
     n_units:int=10, # units expected, for the guess of the spread within one
-) -> dict: # mean (d,), mean_sd (d,), variance_shape, variance_scale (d,), dof, weight_concentration, concentration_shape, concentration_rate
+) -> dict: # mean (d,), mean_sd (d,), variance_shape, variance_scale (d,), dof, weight_concentration, concentration_shape, concentration_rate, outlier_scale, outlier_odds
     "The numbers that the models' default priors are made of; change some and hand them back as `priors=`."
     x, names, _ = _check(features, n_units, "n_units")
     return dict(mean=_round(x.mean(0), 3), mean_sd=_round(x.std(0)), variance_shape=2., variance_scale=_round(_within(x, n_units)),
-                dof=len(names) + 2., weight_concentration=1., concentration_shape=1., concentration_rate=1.)
+                dof=len(names) + 2., weight_concentration=1., concentration_shape=1., concentration_rate=1., outlier_scale=4., outlier_odds=19.)
 
 # %% ../nbs/04_models.ipynb #4cdfcba9
 def _priors(x, n_units, priors, d):
@@ -141,7 +141,7 @@ def _priors(x, n_units, priors, d):
         out[name] = np.broadcast_to(value, (d,)).copy() if np.ndim(out[name]) and value.ndim < 2 else value if value.ndim else float(value)
     return out
 
-# %% ../nbs/04_models.ipynb #9963ed28
+# %% ../nbs/04_models.ipynb #b5415120
 _covariances = ("diagonal", "full", "block")
 
 def _matrix_dof(priors, d, size):
@@ -195,34 +195,53 @@ def _coords(x, names, channel, covariance, n_units):
         coords |= dict(channel=list(dict.fromkeys(channel.tolist())), latent=np.arange(counts[0]), latent_bis=np.arange(counts[0]))
     return coords
 
+def _outliers(x, covariance, priors):
+    "Mean and (co)variance of the outlier component: the cloud of all spikes, made broader."
+    centre = np.median(x, axis=0)
+    cloud = _round(np.cov(x.T).reshape(x.shape[1], -1) * priors["outlier_scale"], 3)
+    cloud = (cloud + cloud.T) / 2 + 1e-6 * np.diag(np.diag(cloud))
+    return centre, np.diag(cloud).copy() if covariance == "diagonal" else cloud
+
+def _assign(x, weights, means, spread, covariance, priors, outliers):
+    "Assignments, with the outlier component as one more place to go; returns them with the rows to look up."
+    if outliers:
+        fraction = pm.Beta("outlier_fraction", 1., priors["outlier_odds"])
+        centre, cloud = _outliers(x, covariance, priors)
+        weights = pt.concatenate([weights * (1 - fraction), fraction[None]])
+        means, spread = pt.concatenate([means, centre[None]]), pt.concatenate([spread, cloud[None]])
+    return pm.Categorical("assignments", p=weights, dims="spike"), means, spread
+
 def _observe(x, means, spread, covariance, assignments):
     "The spikes: each drawn around its own unit."
     if covariance == "diagonal":
         return pm.Normal("features", mu=means[assignments], sigma=pt.sqrt(spread)[assignments], observed=x, dims=("spike", "feature"))
     return pm.MvNormal("features", mu=means[assignments], cov=spread[assignments], observed=x, dims=("spike", "feature"))
 
-def _finish(model, name, args, priors):
+def _finish(model, name, args, priors, given=None):
     "Notes on the model what is needed to build it again."
-    model.spike_ppl = dict(name=name, args=args, priors=priors)
+    if given: args = args | dict(priors={k: np.asarray(v).tolist() for k, v in given.items()})
+    n_units = len(model.coords["unit"])
+    model.spike_ppl = dict(name=name, args=args, priors=priors, outlier_unit=n_units if args.get("outliers") else None)
     return model
 
-# %% ../nbs/04_models.ipynb #689a41b8
+# %% ../nbs/04_models.ipynb #95ac507b
 def gmm(
     features, # DataArray (spike, feature) or array (n, d)
     n_units:int, # number of units K
     covariance:str="diagonal", # "diagonal", "full" or "block" (full within a channel)
+    outliers:bool=False, # one more component, broad and fixed, for spikes that belong to no unit
     priors:dict|None=None, # changes to `default_priors(features, n_units)`
 ) -> pm.Model: # free variables weights, means, variances or precisions, assignments; observed features
     "Gaussian mixture with a known number of units and learned weights, means and covariances."
     x, names, channel = _check(features, n_units, "n_units")
     coords = _coords(x, names, channel, covariance, n_units)
-    priors = _priors(x, n_units, priors, len(names))
+    given, priors = priors, _priors(x, n_units, priors, len(names))
     with pm.Model(coords=coords) as model:
         weights = pm.Dirichlet("weights", np.full(n_units, priors["weight_concentration"]), dims="unit")
         means, spread = _units(priors, names, channel, covariance)
-        assignments = pm.Categorical("assignments", p=weights, dims="spike")
+        assignments, means, spread = _assign(x, weights, means, spread, covariance, priors, outliers)
         _observe(x, means, spread, covariance, assignments)
-    return _finish(model, "gmm", dict(n_units=int(n_units), covariance=covariance), priors)
+    return _finish(model, "gmm", dict(n_units=int(n_units), covariance=covariance, outliers=bool(outliers)), priors, given)
 
 # %% ../nbs/04_models.ipynb #65c92613
 def _sticks(priors, n_units):
@@ -233,23 +252,24 @@ def _sticks(priors, n_units):
     left = pt.concatenate([pt.ones(1), pt.cumprod(1 - sticks)])
     return pm.Deterministic("weights", pt.concatenate([sticks, pt.ones(1)]) * left, dims="unit")
 
-# %% ../nbs/04_models.ipynb #7b47802f
+# %% ../nbs/04_models.ipynb #0c142d77
 def dpmm(
     features, # DataArray (spike, feature) or array (n, d)
     truncation:int=20, # the most units there can be
     covariance:str="diagonal", # "diagonal", "full" or "block" (full within a channel)
+    outliers:bool=False, # one more component, broad and fixed, for spikes that belong to no unit
     priors:dict|None=None, # changes to `default_priors(features, truncation)`
 ) -> pm.Model: # free variables concentration, sticks, means, variances or precisions, assignments; observed features
     "Truncated Dirichlet-process mixture of Gaussians: the number of units in use is inferred."
     x, names, channel = _check(features, truncation, "truncation")
     coords = _coords(x, names, channel, covariance, truncation) | dict(stick=np.arange(truncation - 1))
-    priors = _priors(x, truncation, priors, len(names))
+    given, priors = priors, _priors(x, truncation, priors, len(names))
     with pm.Model(coords=coords) as model:
         weights = _sticks(priors, truncation)
         means, spread = _units(priors, names, channel, covariance)
-        assignments = pm.Categorical("assignments", p=weights, dims="spike")
+        assignments, means, spread = _assign(x, weights, means, spread, covariance, priors, outliers)
         _observe(x, means, spread, covariance, assignments)
-    return _finish(model, "dpmm", dict(truncation=int(truncation), covariance=covariance), priors)
+    return _finish(model, "dpmm", dict(truncation=int(truncation), covariance=covariance, outliers=bool(outliers)), priors, given)
 
 # %% ../nbs/04_models.ipynb #2e9d652d
 models = {f.__name__: f for f in (gmm, dpmm)}

@@ -143,7 +143,7 @@ READERS = {".nwb": "nwb", ".rhd": "intan", ".rhs": "intan", ".brw": "biocam", ".
     ".mpx": "alphaomega", ".cbin": "compressedbinaryibl", ".set": "axona", ".nex": "neuroexplorer"}
 FLAT = (".bin", ".dat", ".raw", ".i16", ".int16", ".f32", ".data", "")
 
-# %% ../nbs/01_recording.ipynb #b1350ac6
+# %% ../nbs/01_recording.ipynb #158095fa
 def open_recording(
     path, # file or folder; a SpikeInterface recording is taken as it is and only checked
     *,
@@ -175,7 +175,7 @@ def open_recording(
     if isinstance(path, BaseRecording): recording = path
     else:
         path = Path(path)
-        if not path.exists(): raise RecordingError(f"Recording {str(path)!r} does not exist (looked in {str(Path.cwd())!r}). Check the path.")
+        if not path.exists(): raise RecordingError(f"Recording {str(path)!r} does not exist. Check the path.")
         kind = reader or _kind(path, flat=sampling_rate is not None)
         if kind == "flat":
             recording = _open_flat(path, sampling_rate, dtype or np.dtype("int16"), n_channels, probe, time_axis, int(offset), gain, **how)
@@ -189,10 +189,10 @@ def open_recording(
         raise RecordingError(f"sampling_rate={sampling_rate} Hz was given but the file says {recording.get_sampling_frequency()} Hz. Leave it out.")
     if n_channels is not None and recording.get_num_channels() != int(n_channels):
         raise RecordingError(f"n_channels={n_channels} was given but the file holds {recording.get_num_channels()}. Leave it out.")
-    recording = _attach(recording, probe)
+    recording = _attach(recording, probe, view=recording is path)
     return check_recording(recording) if check else recording
 
-# %% ../nbs/01_recording.ipynb #c97b6156
+# %% ../nbs/01_recording.ipynb #2ea3e4fe
 def _dtype(dtype):
     "A NumPy sample type, or an error that lists sensible ones."
     expected = "Expected a sample type such as int16, uint16, int32, float32, float64 (with < or > for the byte order)."
@@ -210,8 +210,8 @@ def _probe(geometry):
     if xy.ndim != 2 or xy.shape[1] != 2: raise RecordingError(f"geometry has shape {xy.shape}; expected (channel, 2): x and y in µm.")
     return make_probe(check_positions(xy))
 
-def _attach(recording, probe):
-    "Set the probe, or make sure that there is one."
+def _attach(recording, probe, view):
+    "Set the probe, or make sure that there is one; on a view if the recording is the caller's own."
     n = recording.get_num_channels()
     if probe is None:
         if recording.has_probe(): return recording
@@ -220,7 +220,7 @@ def _attach(recording, probe):
     if probe.get_contact_count() != n:
         raise RecordingError(f"The geometry has {probe.get_contact_count()} positions but the recording has {n} channels. They must agree, one line per channel in the recording's order.")
     if probe.device_channel_indices is None: probe.set_device_channel_indices(np.arange(n))
-    recording = recording.select_channels(recording.channel_ids)   # a view: the caller's recording keeps its own probe
+    if view: recording = recording.select_channels(recording.channel_ids)
     recording.set_probe(probe)
     return recording
 
@@ -280,26 +280,31 @@ def _open_flat(path, sampling_rate, dtype, n_channels, probe, time_axis, offset,
     return BinaryRecordingExtractor([path], sampling_frequency=float(sampling_rate), dtype=dtype.str, num_channels=n_channels, time_axis=time_axis,
         file_offset=offset, gain_to_uV=gain, offset_to_uV=None if gain is None else 0., **how)
 
-# %% ../nbs/01_recording.ipynb #1e9f781f
+# %% ../nbs/01_recording.ipynb #b9d93152
 def _check_dtype(path, dtype, offset, size, n=20_000):
     "Raise if the bytes plainly hold another sample type than was said."
     n = min(n, size // 8)
-    if n < 64: return
-    swap = dtype.byteorder == ">"
+    if n < 64 or dtype.byteorder == ">": return
     with open(path, "rb") as f:
         parts = []
         for at in sorted({0, (size // 2) // 8 * 8, (size - 8 * n) // 8 * 8}): f.seek(offset + at); parts.append(f.read(8 * n))
-    raw = b"".join(parts); raw = raw[:len(raw) // 8 * 8]
-    def plausible(as_type):
-        with np.errstate(all="ignore"): x = np.abs(np.frombuffer(raw, as_type).astype(float))
+    raw = b"".join(p[:len(p) // 8 * 8] for p in parts)
+    def plausible(as_type):   # share of values that could be voltages in any unit
+        with np.errstate(all="ignore"): x = np.abs(np.frombuffer(raw, as_type).astype("<f8"))
         return ((x == 0) | ((x > 1e-12) & (x < 1e12))).mean()
-    def message(real): return f"{str(path)!r} does not look like {dtype}: its bytes read like {real}. Give dtype={real!r}, or convert the file."
-    order = ">" if swap else "<"
-    if dtype.kind == "f":
-        if plausible(dtype.newbyteorder(order)) < .5: raise RecordingError(message("int16"))
-    elif dtype.itemsize == 2:
-        low = np.frombuffer(raw, order + "u2")[(1 if swap else 0)::2].astype(float)
-        if plausible(order + "f4") > .999 and abs(low.std() / 18918 - 1) < .08: raise RecordingError(message("float32"))
+    def bits(words): return np.abs(np.std(words.astype(float)) / 18918 - 1) < .08 or (words == 0).mean() > .99   # mantissas: random, or of whole numbers
+    halves = np.frombuffer(raw, "<u2")
+    low, high = halves[::2], halves[1::2]
+    if (high != 0).mean() > .5 and plausible("<f4") > .999 and bits(low): real = "float32"
+    elif (halves[3::4] != 0).mean() > .5 and plausible("<f8") > .999 and bits(halves[1::4]): real = "float64"
+    else: real = "int16"
+    as_int = lambda w: w.view("<i2").astype(float)
+    wrong = False
+    if dtype.kind == "f": wrong = plausible(dtype) < .9
+    elif real != "int16": wrong = True
+    elif dtype.itemsize == 4: wrong = all(2 < as_int(w).std() < 8000 for w in (low, high)) and .1 < as_int(low).std() / as_int(high).std() < 10
+    elif dtype == np.dtype("uint16"): wrong = min((halves < 4096).mean(), (halves > 65535 - 4096).mean()) > .1
+    if wrong: raise RecordingError(f"{str(path)!r} does not look like {dtype}: its bytes read like {real}. Give dtype={real!r}, or convert the file.")
 
 # %% ../nbs/01_recording.ipynb #a75a2fb5
 def _open_format(path, kind, **how):
@@ -403,7 +408,7 @@ def demo_recording(
     if n_units: sorting.set_property("main_channel_id", recording.channel_ids[np.abs(sorting.get_annotation("templates")).max(1).argmax(1)])
     return recording, sorting
 
-# %% ../nbs/01_recording.ipynb #dfa88220
+# %% ../nbs/01_recording.ipynb #d46f5c89
 def standardise(
     recording, # SpikeInterface recording with a probe
     freq_min=300., # lower edge of the band, Hz
@@ -429,11 +434,27 @@ def standardise(
     if not (sd > 0).all():
         raise RecordingError(f"Channels {_some(recording.channel_ids[~(sd > 0)])} are silent in most of the recording, so they have no noise to scale by. Leave them out (`check_recording` does it if they are constant throughout).")
     out = zscore(filtered, mode="median+mad", gain=1 / sd, offset=-median / sd, dtype="float32")
-    if whiten: out = whitening(out, dtype="float32", mode="global" if recording.get_num_channels() <= 64 else "local", radius_um=150.,
-        seed=seed, num_chunks_per_segment=n_chunks, chunk_size=min(n, recording.get_num_samples(0)))
+    if whiten: out = whitening(out, dtype="float32", W=_whitening((x - median) / sd, recording.get_channel_locations(), int(5e-4 * rate)).astype("float32"))
     out.annotate(standardised=True, whitened=bool(whiten))
     out.set_property("noise_sd", sd)
     return out
+
+# %% ../nbs/01_recording.ipynb #e6854c0c
+def _whitening(x, xy, guard, threshold=4., radius=150.):
+    "Symmetric (ZCA) whitening matrix of the noise: samples near a peak of a channel do not count; beyond 64 channels by neighbourhoods."
+    from scipy.ndimage import maximum_filter1d
+    quiet = maximum_filter1d(np.abs(x), 2 * guard + 1, axis=0) < threshold
+    if (quiet.mean(0) < .05).any(): quiet = np.abs(x) < threshold
+    y, q = np.where(quiet, x, 0).astype(float), quiet.astype(float)
+    covariance = (y.T @ y) / np.maximum(q.T @ q, 1)
+    def zca(c):
+        values, vectors = np.linalg.eigh(c)
+        return (vectors / np.sqrt(np.maximum(values, 1e-3 * values.max()))) @ vectors.T
+    if len(xy) <= 64: return zca(covariance)
+    near, w = np.linalg.norm(xy[:, None] - xy[None], axis=-1) <= radius, np.zeros_like(covariance)
+    for c in range(len(xy)):
+        k = np.flatnonzero(near[c]); w[k, c] = zca(covariance[np.ix_(k, k)])[k == c]
+    return w
 
 # %% ../nbs/01_recording.ipynb #a0c7dd93
 def _stretches(n_samples, size, n, seed):

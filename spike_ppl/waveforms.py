@@ -24,6 +24,14 @@ def neighbour_radius(
     d = np.linalg.norm(xy[:, None] - xy[None], axis=-1) + np.diag(np.full(len(xy), np.inf))
     return max(50., 1.5 * float(np.median(d.min(1))))
 
+# %% ../nbs/02_waveforms.ipynb #2f949eb1
+def _noise_sd(recording, seed=0):
+    "Noise sd per channel: 1 for a standardised recording, else estimated from seeded stretches."
+    if recording.get_annotation("standardised") and not recording.get_annotation("whitened"): return np.ones(recording.get_num_channels())
+    rate, n = recording.get_sampling_frequency(), recording.get_num_samples(0)
+    x = np.concatenate([recording.get_traces(start_frame=a, end_frame=b) for a, b in _stretches(n, int(.5 * rate), 20, seed)])
+    return np.median(np.abs(x - np.median(x, 0)), 0) / .6744897501960817
+
 # %% ../nbs/02_waveforms.ipynb #17d98096
 def find_spikes(
     recording, # standardised recording
@@ -52,15 +60,7 @@ def find_spikes(
         channel_index=("spike", peaks["channel_index"].astype("int64")), amplitude=("spike", peaks["amplitude"].astype(float))),
         attrs=dict(threshold=float(threshold), radius=radius, dead_time=float(dead_time), sign=sign, method=method, sampling_rate=float(recording.get_sampling_frequency())))
 
-# %% ../nbs/02_waveforms.ipynb #2f949eb1
-def _noise_sd(recording, seed=0):
-    "Noise sd per channel: 1 for a standardised recording, else estimated from seeded stretches."
-    if recording.get_annotation("standardised") and not recording.get_annotation("whitened"): return np.ones(recording.get_num_channels())
-    rate, n = recording.get_sampling_frequency(), recording.get_num_samples(0)
-    x = np.concatenate([recording.get_traces(start_frame=a, end_frame=b) for a, b in _stretches(n, int(.5 * rate), 20, seed)])
-    return np.median(np.abs(x - np.median(x, 0)), 0) / .6744897501960817
-
-# %% ../nbs/02_waveforms.ipynb #02bea436
+# %% ../nbs/02_waveforms.ipynb #eb2a4e11
 def shift_kernels(
     steps=10, # fractions of a sample
     half=8, # taps on either side
@@ -70,7 +70,7 @@ def shift_kernels(
     Sinc under a Kaiser window; each row sums to 1."""
     at = np.arange(-steps, steps + 1) / steps
     k = np.arange(-half, half + 1)
-    w = np.sinc(k - at[:, None]) * np.i0(7. * np.sqrt(np.clip(1 - ((k - at[:, None]) / (half + 1))**2, 0, None)))
+    w = np.sinc(k - at[:, None]) * np.i0(9. * np.sqrt(np.clip(1 - ((k - at[:, None]) / (half + 1))**2, 0, None)))
     return w / w.sum(1, keepdims=True)
 
 # %% ../nbs/02_waveforms.ipynb #dfade442
@@ -85,7 +85,7 @@ def _shift_matrix(shift, n_out, pad, kernel_half, max_shift):
 # %% ../nbs/02_waveforms.ipynb #159fbfb1
 STEPS = 10   # sub-sample resolution: tenths of a sample
 
-# %% ../nbs/02_waveforms.ipynb #b141f976
+# %% ../nbs/02_waveforms.ipynb #518f383e
 def cut(
     recording, # recording, usually standardised
     sample_index, # spike times in samples (spike,), or what `find_spikes` returned
@@ -93,8 +93,8 @@ def cut(
     *,
     before=None, # samples before the trough; 0.75 ms by default
     after=None, # samples after it; 0.75 ms by default
-    align=True, # move each window to its trough, to a tenth of a sample
-    max_shift=None, # farthest such a move, samples; 0.1 ms by default
+    align="trough", # move each window, to a tenth of a sample, to the "trough" of its peak channel or of its "neighbours"; False: leave it
+    max_shift=None, # farthest such a move, samples; 0.1 ms by default, 0.2 ms for "neighbours"
     sign="neg", # direction of the peaks: "neg", "pos", "both"
     clear=True, # find out which spikes are clear; False leaves all marked clear
     radius=None, # µm within which another spike makes one unclear; by default `neighbour_radius`
@@ -122,13 +122,13 @@ def cut(
     if clear: out = out.assign_coords(clear=("spike", clear_spikes(out, radius=radius)))
     return out
 
-# %% ../nbs/02_waveforms.ipynb #40dd73aa
+# %% ../nbs/02_waveforms.ipynb #c5599842
 from typing import NamedTuple
 
 class _Plan(NamedTuple):
     "What is to be cut."
     index: np.ndarray; peak: np.ndarray; before: int; after: int; width: int; n_channels: int
-    max_shift: int; sign: str; align: bool; pad: int; half: int; n_dropped: int; n_samples: int
+    max_shift: int; sign: str; align: str; near: np.ndarray; pad: int; half: int; n_dropped: int; n_samples: int
 
 def _plan(recording, sample_index, peak_channel, before, after, align, max_shift, sign):
     "Check the request and drop spikes at the edges."
@@ -152,9 +152,12 @@ def _plan(recording, sample_index, peak_channel, before, after, align, max_shift
         peak = np.asarray(peak, dtype=int)
         if peak.shape != index.shape: raise ValueError(f"peak_channel has shape {peak.shape}, sample_index {index.shape}; expected one channel id per spike.")
     inside = (index >= before) & (index + after < n_samples)
-    max_shift = max(1, int(round(1e-4 * rate))) if max_shift is None else int(max_shift)
-    half = 8
-    return _Plan(index[inside], peak[inside], before, after, before + after + 1, recording.get_num_channels(), max_shift, sign, bool(align), max_shift + half + 2, half, int((~inside).sum()), n_samples)
+    align = {True: "trough", False: "none", None: "none"}.get(align, align)
+    if align not in ("trough", "neighbours", "none"): raise ValueError(f"align={align!r}; expected 'trough', 'neighbours' or False.")
+    max_shift = max(1, int(round((2e-4 if align == "neighbours" else 1e-4) * rate))) if max_shift is None else int(max_shift)
+    half, xy = 8, recording.get_channel_locations()
+    near = np.linalg.norm(xy[:, None] - xy[None], axis=-1) <= neighbour_radius(recording)
+    return _Plan(index[inside], peak[inside], before, after, before + after + 1, recording.get_num_channels(), max_shift, sign, align, near, max_shift + half + 2, half, int((~inside).sum()), n_samples)
 
 def _batches(recording, plan, chunk_duration, n_jobs, progressbar):
     "Rows and their (windows, shift, amplitude, peak channel), chunk of recording by chunk of recording."
@@ -206,8 +209,14 @@ def _cut_chunk(recording, plan, kernels, rows):
     here = wide[r, peak]
     if plan.sign == "both": flip = -np.sign(here[:, centre])[:, None]
     shift_at = np.full(len(rows), STEPS * m)
-    if plan.align:
-        fine = (flip * here[:, centre - m - plan.half - 1:centre + m + plan.half + 2]) @ kernels.fine
+    if plan.align != "none":
+        span = slice(centre - m - plan.half - 1, centre + m + plan.half + 2)
+        if plan.align == "neighbours":   # each channel counts by its own trough beyond the noise
+            deep = np.clip(-(flip * around.transpose(1, 2, 0)).min(1).T if plan.sign == "both" else -(flip * around).min(-1), 2, None) - 2
+            deep = deep * plan.near[peak] + 1e-3 * np.eye(plan.n_channels, dtype="float32")[peak]
+            signal = np.einsum("sct,sc->st", wide[:, :, span], deep.astype("float32"))
+        else: signal = here[:, span]
+        fine = (flip * signal) @ kernels.fine
         trough = np.zeros(fine.shape, bool)
         trough[:, 1:-1] = (fine[:, 1:-1] < fine[:, :-2]) & (fine[:, 1:-1] <= fine[:, 2:])
         best = np.where(trough, fine, np.inf).argmin(1)
@@ -223,7 +232,7 @@ def _labelled(recording, plan, values, shift, amplitude, peak):
     "The data contract around bare values."
     rate = recording.get_sampling_frequency()
     xy = recording.get_channel_locations()
-    attrs = dict(sampling_rate=float(rate), units=_units(recording), sample_before=plan.before, sample_after=plan.after, aligned=int(plan.align),
+    attrs = dict(sampling_rate=float(rate), units=_units(recording), sample_before=plan.before, sample_after=plan.after, aligned=plan.align,
         n_dropped_at_edges=plan.n_dropped, processing=json.dumps(history(recording)))
     coords = dict(time=("time", np.arange(-plan.before, plan.after + 1) / rate * 1000, dict(units="ms")), channel=("channel", np.asarray(recording.channel_ids)),
         x=("channel", xy[:, 0].astype(float), dict(units="µm")), y=("channel", xy[:, 1].astype(float), dict(units="µm")), sample_index=("spike", plan.index),

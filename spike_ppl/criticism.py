@@ -141,7 +141,7 @@ def _soft_size(fit):
     role = roles(fit)
     return fit["observed_data"][role["observed"]].shape[0] if "observed_data" in fit.children and role["observed"] in fit["observed_data"] else fit["unit_probability"].sizes["spike"]
 
-# %% ../nbs/09_criticism.ipynb #71c5a7d3
+# %% ../nbs/09_criticism.ipynb #48a6c3c2
 def convergence(
     fit:xr.DataTree, # fit by any method
     n_pairs:int=50, # uncertain pairs of spikes whose co-clustering is followed
@@ -159,7 +159,7 @@ def convergence(
     rows = {k: dict(zip(("mean", "sd", "rhat", "ess_bulk", "ess_tail"), (v.mean(), v.std(), *_rhat_ess(v)))) for k, v in values.items()}
     if pairs is not None:
         r = np.array([_rhat_ess(pairs[..., k]) for k in range(pairs.shape[-1])])
-        rows[f"do two spikes share a unit (worst of {len(r)} pairs)"] = dict(mean=pairs.mean(), sd=pairs.std(), rhat=_nearly(r[:, 0], .95), ess_bulk=_nearly(r[:, 1], .05), ess_tail=np.nan)
+        rows[f"co-clustering (worst of {len(r)} uncertain pairs)"] = dict(mean=pairs.mean(), sd=pairs.std(), rhat=_nearly(r[:, 0], .95), ess_bulk=_nearly(r[:, 1], .05), ess_tail=np.nan)
     label_free = list(rows)
     rows |= _parameters(fit)
     table = pd.DataFrame.from_dict(rows, orient="index")

@@ -388,7 +388,7 @@ def _line(x, labels, u, v, n=2000, seed=0):
     centre = x[both].mean(0)
     return (x[i] - centre) @ p, (x[j] - centre) @ p
 
-# %% ../nbs/10_units.ipynb #ab7f619f
+# %% ../nbs/10_units.ipynb #984c6607
 def merge_suggestions(
     result, # a `sort` result, Clustering, fit or labels
     *, templates:xr.Dataset|None=None, # None: computed from the waveforms, when there are any
@@ -396,13 +396,14 @@ def merge_suggestions(
     refractory:float=1.5, # ms
     censored:float=.5, # ms: pairs closer than detection can tell are left out
     minimum:float=.01, # leave out pairs less probable than this
+    units=None, # only pairs with one of these units; None: all
     seed:int=0, # which spikes of large units are used for the valley
     **more, # for `Clustering`: waveforms, features, fit, sampling_rate, ...
 )->pd.DataFrame: # unit, other, probability, shape, valley, cosine, coincidences, expected, log_bf_time, spikes, spikes_other
     "Pairs of units that may be one neuron, most probable first, with the evidence of shape and of time."
     c = Clustering.of(result, **more)
     columns = ["unit", "other", "probability", "shape", "valley", "cosine", "coincidences", "expected", "log_bf_time", "spikes", "spikes_other"]
-    units = c.units
+    wanted, units = units, c.units
     if len(units) < 2: return pd.DataFrame(columns=columns)
     if templates is None and c.waveforms is not None: templates = _make_templates(c)
     sure = _certainty(c)
@@ -427,6 +428,7 @@ def merge_suggestions(
     rows = []
     for i, j in sorted(pairs):
         u, v = units[i], units[j]
+        if wanted is not None and not {u, v} & set(wanted): continue
         row = dict(unit=u, other=v, cosine=float(cosine[i, j]), spikes=int((labels == u).sum()), spikes_other=int((labels == v).sum()), valley=np.nan)
         if x is not None: row["valley"] = _valley(*_line(x, where, u, v, seed=seed))
         row["shape"] = float(shape[i, j]) if sure is not None else np.nan
@@ -476,13 +478,14 @@ def _two_parts(x, seed=0, n=3000, components=5, tries=4):
     second = line > cutting
     return (second if second.sum() <= (~second).sum() else ~second), dip
 
-# %% ../nbs/10_units.ipynb #852d36f5
+# %% ../nbs/10_units.ipynb #2e4d699c
 def split_suggestions(
     result, # a `sort` result, Clustering, fit or labels
     *, refractory:float=1.5, # ms
     censored:float=.5, # ms
     minimum:float=.01, # leave out units less probable than this
     smallest:int=20, # spikes in the smaller part, at least
+    units=None, # only these units; None: all
     seed:int=0, # of the starts of the cut
     **more, # for `Clustering`
 )->pd.DataFrame: # unit, probability, shape, valley, coincidences, expected, log_bf_time, spikes, part_spikes, part
@@ -497,6 +500,7 @@ def split_suggestions(
     timed = c.sampling_rate is not None and "sample_index" in c.labels.coords and c.duration
     rows = []
     for u in c.units:
+        if units is not None and u not in units: continue
         mine = np.flatnonzero(where == u)
         if len(mine) < 2*smallest: continue
         part, dip = _two_parts(x[mine], seed)

@@ -249,6 +249,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.conjugate._n_values': ('conjugate.html#_n_values', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._named_ancestor': ('conjugate.html#_named_ancestor', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._outer_probes': ('conjugate.html#_outer_probes', 'spike_ppl/conjugate.py'),
+                                     'spike_ppl.conjugate._plain': ('conjugate.html#_plain', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._plan_of': ('conjugate.html#_plan_of', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._precision': ('conjugate.html#_precision', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._precision_form': ('conjugate.html#_precision_form', 'spike_ppl/conjugate.py'),

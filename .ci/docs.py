@@ -207,10 +207,18 @@ class Links(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.ids, self.links, self.no_alt, self.outside = set(), [], 0, []
+        self.ids, self.links, self.no_alt, self.outside, self.raw, self.code = set(), [], 0, [], [], 0
+
+    def handle_data(self, data):
+        if not self.code:
+            self.raw += re.findall(r"\]\([^)\s]*(?:\.ipynb|\.html|#)[^)\s]*\)", data)
+
+    def handle_endtag(self, tag):
+        self.code -= tag in ("code", "pre", "script", "style")
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
+        self.code += tag in ("code", "pre", "script", "style")
         if a.get("id"):
             self.ids.add(a["id"])
         if tag == "a" and a.get("name"):
@@ -234,6 +242,7 @@ def check_links(site):
     wrong = []
     for name, p in pages.items():
         wrong += [f"{name}: needs the network: {u}" for u in p.outside]
+        wrong += [f"{name}: a link that is not one (backticks inside a link's text?): {r}" for r in p.raw]
         if p.no_alt:
             wrong.append(f"{name}: {p.no_alt} picture(s) without alternative text")
         for href in sorted(set(p.links)):

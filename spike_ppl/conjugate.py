@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['NotConjugate', 'LogJoint', 'log_joint', 'Family', 'Normal', 'Gamma', 'InverseGamma', 'Beta', 'Dirichlet', 'Wishart',
-           'FiniteDiscrete', 'Conditional', 'complete_conditional', 'pseudo_spikes', 'Derivation', 'derive']
+           'FiniteDiscrete', 'Conditional', 'complete_conditional', 'pseudo_spikes', 'Derivation', 'derive',
+           'Conjugacy', 'conjugacy']
 
-# %% ../nbs/05_conjugate.ipynb #fb3d2d89
+# %% ../nbs/05_conjugate.ipynb #4a59870d
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import product
+from copy import copy
+from html import escape
 import math
 
 import numpy as np
@@ -69,7 +72,15 @@ class LogJoint:
         v = self.free[name]
         return [k for k, t in self.terms.items() if v in set(ancestors([t]))]
 
-# %% ../nbs/05_conjugate.ipynb #222cadd5
+# %% ../nbs/05_conjugate.ipynb #542b4a21
+def _plain(model):
+    "A copy of the model without value transforms (PyMC refuses to copy models with initvals: they are put aside)."
+    given = dict(model.rvs_to_initial_values)
+    try:
+        for rv in given: model.rvs_to_initial_values[rv] = None
+        return remove_value_transforms(model)
+    finally: model.rvs_to_initial_values.update(given)
+
 def _unchecked(terms):
     "The same graphs without parameter checks and without the outer broadcast to the variable's dims."
     fgraph = FunctionGraph(outputs=terms, clone=True, copy_inputs=False)
@@ -80,12 +91,12 @@ def _unchecked(terms):
         out.append(t)
     return out
 
-# %% ../nbs/05_conjugate.ipynb #0b0cd49f
+# %% ../nbs/05_conjugate.ipynb #8e17a906
 def log_joint(
     model:pm.Model, # any PyMC model
 ) -> LogJoint:
     "Write down the log joint of a model in natural space, with the observed values as inputs."
-    plain = remove_value_transforms(model)
+    plain = _plain(model)
     names, rvs = [], []
     for rv in [*plain.basic_RVs, *plain.potentials]:
         names.append(rv.name); rvs.append(rv)
@@ -104,8 +115,11 @@ def log_joint(
     transforms = {}
     for rv in model.free_RVs:
         transforms[rv.name] = (model.rvs_to_transforms.get(rv), _default_transform(rv))
-    return LogJoint(model, free, observed, data, dict(zip(names, terms)),
-                    {k: np.asarray(v) for k, v in plain.initial_point().items()}, transforms)
+    initial = {k: np.asarray(v) for k, v in plain.initial_point().items()}
+    for rv, given in model.rvs_to_initial_values.items():
+        if rv.name in initial and isinstance(given, (int, float, list, tuple, np.ndarray)):
+            initial[rv.name] = np.broadcast_to(np.asarray(given, initial[rv.name].dtype), initial[rv.name].shape).copy()
+    return LogJoint(model, free, observed, data, dict(zip(names, terms)), initial, transforms)
 
 # %% ../nbs/05_conjugate.ipynb #d2f1e169
 _TAU_TRAP = ("PyMC 6.4 breaks on MvNormal(mu[z], tau=P[z]) with one precision a row: write cov=pt.linalg.inv(P)[z] "
@@ -494,18 +508,35 @@ class FiniteDiscrete(Family):
     def moments(self, natural): return [self.probabilities(natural)]
     def moment_inputs(self, v, name): return [pt.tensor(name + "_probability", dtype=pytensor.config.floatX, shape=(None,) * (v.ndim + 1))]
 
-# %% ../nbs/05_conjugate.ipynb #a98f5b31
-def _enumerated(term, v, n_values):
-    "An elementwise term at every value of v: (n_values, *v.shape), trailing axes of the term summed."
-    ks = pt.arange(n_values, dtype=v.dtype).reshape((n_values,) + (1,) * v.ndim)
-    grid = pt.broadcast_to(ks, (n_values, *[v.shape[i] for i in range(v.ndim)])) if v.ndim else pt.arange(n_values, dtype=v.dtype)
-    out = vectorize_graph(term, {v: grid})
-    return out.sum(tuple(range(1 + v.ndim, out.ndim))) if out.ndim > 1 + v.ndim else out
+# %% ../nbs/05_conjugate.ipynb #35f81ecc
+def _grid(v, family):
+    "Every value of a finite discrete variable on a leading axis."
+    return pt.constant(np.broadcast_to(np.arange(family.n_values).reshape(-1, *[1] * v.ndim), (family.n_values, *family.shape)).astype(v.dtype))
 
-def _expect_discrete(terms, v, n_values, probability):
-    "Sum over terms and elements of the probability-weighted enumeration."
-    p = pt.moveaxis(probability, -1, 0)
-    return _total([p * _enumerated(t, v, n_values) for t in terms])
+def _enumerated(term, v, family, owner=None):
+    "An elementwise term at every value of v: (n_values, *v.shape), trailing axes of the term summed; `owner`: which element of v each row belongs to."
+    out = vectorize_graph(term, {v: _grid(v, family)})
+    if out.ndim > 1 + v.ndim: out = out.sum(tuple(range(1 + v.ndim, out.ndim)))
+    if owner is None: return out
+    mine = np.flatnonzero(owner >= 0)
+    return pt.zeros((family.n_values, *family.shape))[:, owner[mine]].inc(out[:, mine])
+
+def _owner(joint, name, family, key):
+    "Which element of a vector of discrete variables each row of a term depends on (-1: none); None where row and element have the same number."
+    v, term = joint.free[name], joint.terms[key]
+    if v.ndim != 1: return None
+    f = _function([*joint.free.values(), *joint.observed.values()], [term])
+    point, n = _random_point(joint, _families_or_none(joint), np.random.default_rng(11)), family.shape[0]
+    def at(z):
+        values = [np.asarray(z if k == name else point[k], w.dtype) for k, w in joint.free.items()]
+        out = np.asarray(f(*values, *joint.data.values())[0])
+        return out.reshape(len(out), -1).sum(1) if out.ndim > 1 else out
+    zero, one = at(np.zeros(n, int)), at(np.ones(n, int))
+    if len(zero) == n: return None
+    bits, depends = max(n - 1, 1).bit_length(), zero != one
+    code = np.zeros(len(zero), int)
+    for b in range(bits): code += (at((np.arange(n) >> b) & 1) == one) * (1 << b)       # the row's element spells its own number
+    return np.where(depends, code, -1)
 
 # %% ../nbs/05_conjugate.ipynb #052e22ef
 _TOLERANCE = 1e-6
@@ -542,7 +573,7 @@ def _n_values(joint, name, op):
     except Exception as e: raise NotConjugate(name, "finite discrete", f"the number of its values could not be found ({e})") from e
     raise NotConjugate(name, "finite discrete", f"{op} has no known finite set of values 0 .. n-1")
 
-# %% ../nbs/05_conjugate.ipynb #046b8957
+# %% ../nbs/05_conjugate.ipynb #e73f7612
 @dataclass
 class Conditional:
     "Complete conditional of one variable, derived from the log joint: a family and its parameters as graphs of the other variables."
@@ -564,7 +595,7 @@ class Conditional:
     @cached_property
     def _compiled(self):
         observed = [v for v in self.joint.observed.values()]
-        return pytensor.function([*(self.joint.free[k] for k in self.inputs), *observed], list(self.parameters.values()), on_unused_input="ignore")
+        return pytensor.function([*(self.joint.free[k] for k in self.inputs), *observed], list(self.parameters.values()), on_unused_input="ignore", mode="FAST_COMPILE")
     def natural(self, point:dict) -> list: # arrays, in the order of `parameters`
         "Parameters of the conditional at `point` (name -> value of the other variables, natural space)."
         missing = [k for k in self.inputs if k not in point]
@@ -584,7 +615,7 @@ class Conditional:
         "Expected sufficient statistics under the complete conditional."
         return self.family_.statistics(self.natural(point))
 
-# %% ../nbs/05_conjugate.ipynb #12dd738d
+# %% ../nbs/05_conjugate.ipynb #b2e8c8e5
 def _generic_base(joint, name):
     "A generic point of the support near the initial value (reading at 0 and 1 would meet PyMC's logpow)."
     value = joint.initial[name]
@@ -606,7 +637,8 @@ def _read(joint, name, family):
     if isinstance(family, FiniteDiscrete):
         short = [k for k in joint.depends(name) if joint.terms[k].ndim < v.ndim]
         if short: raise NotConjugate(name, "finite discrete", f"the terms {short} do not keep its elements apart")
-        logits = pt.add(*[_enumerated(t, v, family.n_values) for t in terms]) if len(terms) > 1 else _enumerated(terms[0], v, family.n_values)
+        parts = [_enumerated(joint.terms[k], v, family, _owner(joint, name, family, k)) for k in joint.depends(name)]
+        logits = pt.add(*parts) if len(parts) > 1 else parts[0]
         return [pt.moveaxis(logits, 0, -1)]
     base, rng = _generic_base(joint, name)
     return family.read(_total(terms), v, pt.constant(family.generic(base, rng), dtype=v.dtype) if not isinstance(family, Wishart) else pt.constant(base))
@@ -617,6 +649,13 @@ def _families_or_none(joint):
     for k in joint.free:
         try: out[k] = _candidates(joint, k)[0]
         except NotConjugate: pass
+    return out
+
+# %% ../nbs/05_conjugate.ipynb #449c1364
+def _resized(family, shape):
+    "The same family for a variable of another shape."
+    out = copy(family)
+    out.shape = tuple(shape)
     return out
 
 # %% ../nbs/05_conjugate.ipynb #fbfbe302
@@ -656,7 +695,7 @@ def _check(joint, name, family, natural, points=2):
             worst = max(worst, abs(m - c) / scale)
     return worst
 
-# %% ../nbs/05_conjugate.ipynb #ea1b8e02
+# %% ../nbs/05_conjugate.ipynb #83ca725a
 def complete_conditional(
     model:pm.Model, # any PyMC model
     variable, # a free variable of it, or its name
@@ -666,8 +705,8 @@ def complete_conditional(
     if (small := joint.head()) is not joint:
         found = complete_conditional(small, variable)
         shape = joint.initial[found.name].shape
-        same = found.family_ if not isinstance(found.family_, FiniteDiscrete) else FiniteDiscrete(shape, found.family_.n_values)
-        if same.shape == shape: return replace(found, family_=same, joint=joint)
+        family = _resized(found.family_, shape)
+        return replace(found, family_=family, parameters=dict(zip(family.fields, _read(joint, found.name, family))), joint=joint)
     name = variable if isinstance(variable, str) else variable.name
     if name not in joint.free: raise KeyError(f"{name!r} is not a free variable of this model; free variables: {list(joint.free)}")
     op = type(joint.model[name].owner.op).__name__
@@ -725,10 +764,11 @@ def _simplex(D):
     basis = np.linalg.svd(corners)[2][:D]
     return corners @ basis.T * np.sqrt((D + 1) / D)
 
-# %% ../nbs/05_conjugate.ipynb #4ffd7878
+# %% ../nbs/05_conjugate.ipynb #095e77ac
 class _Plan:
     "Everything that depends on the structure of a model and not on its data: families, lowering and compiled functions."
-    def __init__(self, joint, terms, constants, constant_values, exact):
+    def __init__(self, whole, terms, constants, constant_values, exact):
+        joint = whole.head()
         self.joint, self.terms, self.constants = joint, terms, constants
         self.free, self.observed = joint.free, joint.observed
         self.depends = {k: {n for n, v in self.free.items() if v in set(ancestors([t]))} for k, t in terms.items()}
@@ -741,6 +781,9 @@ class _Plan:
         self.base = {k: self.free[k].type(k + "_base") for k in self.family}
         self._find_assignments()
         self._lower(constant_values)
+        if not self.lowered:
+            self.joint = whole
+            self.family = {k: _resized(f, whole.initial[k].shape) for k, f in self.family.items()}
 
     # ---- structure
     def _find_assignments(self):
@@ -863,8 +906,10 @@ class _Plan:
             t, p = self.terms[term], None
             t = t.sum(tuple(range(self.free[vectors[0]].ndim, t.ndim)))
             for k in vectors:
-                t = _enumerated_keep(t, self.free[k], self.family[k].n_values)
+                t = vectorize_graph(t, {self.free[k]: _grid(self.free[k], self.family[k])})
                 q = pt.moveaxis(self.moments[k][0], -1, 0)
+                if (owner := _owner(self.joint, k, self.family[k], term)) is not None:
+                    q = pt.switch(pt.constant(owner >= 0), q[:, np.maximum(owner, 0)], 1. / self.family[k].n_values)
                 p = q if p is None else pt.expand_dims(q, tuple(range(1, p.ndim - self.free[k].ndim + 1))) * p
             f = (p * t).sum()
         rest = [k for k in names if k != skip and k not in vectors and k not in scalars]
@@ -911,8 +956,8 @@ class _Plan:
         return fam.read(f, self.free[name], self.base[name], _total([c[k] for k in self.terms if name in self.depends[k]]))
 
     def build_logits(self, name):
-        v, n = self.free[name], self.family[name].n_values
-        parts = [_enumerated(self.terms[k], v, n) for k in self.terms if name in self.depends[k]]
+        v, family = self.free[name], self.family[name]
+        parts = [_enumerated(self.terms[k], v, family, _owner(self.joint, name, family, k)) for k in self.terms if name in self.depends[k]]
         return [pt.moveaxis(pt.add(*parts) if len(parts) > 1 else parts[0], 0, -1)]
 
     def build_expected_natural(self, name):
@@ -947,12 +992,7 @@ class _Plan:
     def build_log_joint(self): return [_total(list(self.scalars().values()))]
     def build_energy(self): return [_total([self.expected(k) for k in self.terms])]
 
-# %% ../nbs/05_conjugate.ipynb #cb49b171
-def _enumerated_keep(t, v, n_values):
-    "Add a leading axis of values of v; other leading axes stay."
-    grid = pt.broadcast_to(pt.arange(n_values, dtype=v.dtype).reshape((n_values,) + (1,) * v.ndim), (n_values, *[v.shape[i] for i in range(v.ndim)]))
-    return vectorize_graph(t, {v: grid})
-
+# %% ../nbs/05_conjugate.ipynb #603bf06f
 def _named_ancestor(model, assignments):
     "Name of the variable or Deterministic that is the probability vector of the assignments."
     p = model[assignments].owner.inputs[-1]
@@ -961,7 +1001,7 @@ def _named_ancestor(model, assignments):
         p = p.owner.inputs[0]
     return p.name
 
-# %% ../nbs/05_conjugate.ipynb #345a2c5b
+# %% ../nbs/05_conjugate.ipynb #bc02bc62
 _plans = []
 
 def _plan_of(joint, exact):
@@ -979,12 +1019,12 @@ def _plan_of(joint, exact):
         if [v.type for v in mine] == [v.type for v in ins] and equal_computations(outs, list(plan.terms.values()), ins, mine):
             if exact and plan.others: break
             return plan, values
-    plan = _Plan(joint.head(), terms, constants, values, exact)
+    plan = _Plan(joint, terms, constants, values, exact)
     _plans.append(plan)
     del _plans[:-16]
     return plan, values
 
-# %% ../nbs/05_conjugate.ipynb #48830fab
+# %% ../nbs/05_conjugate.ipynb #b05adac5
 class Derivation:
     "The complete conditionals and expected natural parameters of all variables of a model, compiled, bound to its data."
     def __init__(self, joint:LogJoint, plan, constant_values:dict):
@@ -1071,7 +1111,7 @@ class Derivation:
 
     @cached_property
     def _deterministic(self):
-        plain = remove_value_transforms(self.model)
+        plain = _plain(self.model)
         value = {rv: self.joint.free[rv.name] for rv in plain.free_RVs}
         big = [plain[self.assignments]] if self.assignments else []
         keep = [d for d in plain.deterministics if not set(ancestors([d])) & {*big, *plain.observed_RVs}]
@@ -1095,3 +1135,32 @@ def derive(
     joint = log_joint(model)
     plan, values = _plan_of(joint, exact)
     return Derivation(joint, plan, values)
+
+# %% ../nbs/05_conjugate.ipynb #adf5c79c
+class Conjugacy:
+    "A table: every free variable, its shape, its family (or why none) and what will sample it."
+    def __init__(self, rows:list): self.rows = rows
+    def __repr__(self):
+        cells = [["variable", "shape", "complete conditional", "sampled by"]] + [[str(c) for c in r] for r in self.rows]
+        widths = [max(len(r[j]) for r in cells) for j in range(4)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells)
+    def _repr_html_(self):
+        head = "".join(f"<th>{h}</th>" for h in ("variable", "shape", "complete conditional", "sampled by"))
+        body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in r) + "</tr>" for r in self.rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+# %% ../nbs/05_conjugate.ipynb #d5008e2d
+def conjugacy(
+    model:pm.Model, # any PyMC model
+) -> Conjugacy: # prints as text, shows as HTML
+    "Which free variables of a model have a conjugate complete conditional, and what samples each."
+    joint, rows = log_joint(model), []
+    for name, v in joint.free.items():
+        shape = joint.initial[name].shape
+        try:
+            c = complete_conditional(joint, name)
+            how = "enumeration" if isinstance(c.family_, FiniteDiscrete) else "exact Gibbs draw"
+            rows.append((name, shape, c.family, how))
+        except NotConjugate as e:
+            rows.append((name, shape, f"none: {e.reason}", "pm.Metropolis" if v.dtype.startswith("int") else "pm.NUTS"))
+    return Conjugacy(rows)

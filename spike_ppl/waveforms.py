@@ -122,7 +122,7 @@ def cut(
     if clear: out = out.assign_coords(clear=("spike", clear_spikes(out, radius=radius)))
     return out
 
-# %% ../nbs/02_waveforms.ipynb #c5599842
+# %% ../nbs/02_waveforms.ipynb #acfeef75
 from typing import NamedTuple
 
 class _Plan(NamedTuple):
@@ -186,7 +186,7 @@ class _Kernels:
     "The interpolation matrices of a plan, made once."
     def __init__(self, plan):
         m = plan.max_shift
-        self.shifts = np.arange(-STEPS * m, STEPS * m + 1) / STEPS
+        self.shifts = np.arange(-STEPS * m - 1, STEPS * m + 2) / STEPS   # one step beyond, to tell a trough at the end from a slope
         self.fine = np.stack([_shift_matrix(s, 1, m + plan.half + 1, plan.half, m)[0] for s in self.shifts]).T.astype("float32")   # (taps, fine)
         self.windows = [_shift_matrix(s, plan.width, plan.pad, plan.half, m) for s in self.shifts]
 
@@ -208,7 +208,7 @@ def _cut_chunk(recording, plan, kernels, rows):
     r = np.arange(len(rows))
     here = wide[r, peak]
     if plan.sign == "both": flip = -np.sign(here[:, centre])[:, None]
-    shift_at = np.full(len(rows), STEPS * m)
+    shift_at = np.full(len(rows), STEPS * m + 1)
     if plan.align != "none":
         span = slice(centre - m - plan.half - 1, centre + m + plan.half + 2)
         if plan.align == "neighbours":   # each channel counts by its own trough beyond the noise
@@ -224,7 +224,7 @@ def _cut_chunk(recording, plan, kernels, rows):
     out = np.empty((len(rows), plan.width, plan.n_channels), "float32")
     for s in np.unique(shift_at):
         k = shift_at == s
-        if s == STEPS * m: out[k] = wide[k][:, :, pad:pad + plan.width].transpose(0, 2, 1)
+        if s == STEPS * m + 1: out[k] = wide[k][:, :, pad:pad + plan.width].transpose(0, 2, 1)
         else: out[k] = np.matmul(kernels.windows[s], wide[k].transpose(0, 2, 1))
     return out, kernels.shifts[shift_at], out[r, b, peak].astype(float), peak
 
@@ -243,14 +243,14 @@ def _units(recording):
     if recording.get_annotation("standardised"): return "noise sd"
     return "counts" if recording.get_channel_gains() is None or not np.allclose(recording.get_channel_gains(), 1) else "µV"
 
-# %% ../nbs/02_waveforms.ipynb #ee8975c1
+# %% ../nbs/02_waveforms.ipynb #9a439371
 def clear_spikes(
     waveforms, # (spike, time, channel)
     radius=None, # µm within which another spike disturbs; 1.5 times the electrodes' spacing by default
     outlying=2., # how far beyond the median a log distance to similar spikes is outlying, in sd of the lower half
     n_reference=1500, # spikes per channel that shapes are compared with
     n_components=20, # principal components that shapes are compared in
-    k=6, # the k-th most similar shape counts
+    k=4, # the k-th most similar shape counts
     variability=.02, # part of a spike's size that its shape may vary by without being outlying
 ):
     """True for each spike that has no other spike in its window on neighbouring channels and no outlying shape.
@@ -267,16 +267,25 @@ def clear_spikes(
     peak = {c: i for i, c in enumerate(w["channel"].values.tolist())}
     peak = np.array([peak[c] for c in w["peak_channel"].values.tolist()])
     alone = ~_crowded(w["sample_index"].values, peak, near, max(w.attrs["sample_before"], w.attrs["sample_after"]))
-    distance, size = np.zeros(n), np.zeros(n)
-    for c in np.unique(peak):
-        rows = np.flatnonzero(peak == c)
-        distance[rows], size[rows] = _kth_distance(w, rows, np.flatnonzero(near[c]), n_reference, n_components, k)
+    def distances(rows):
+        distance, size = np.zeros(len(rows)), np.zeros(len(rows))
+        for c in np.unique(peak[rows]):
+            here = np.flatnonzero(peak[rows] == c)
+            distance[here], size[here] = _kth_distance(w, rows[here], np.flatnonzero(near[c]), n_reference, n_components, k)
+        return distance, size
+    distance, size = distances(np.arange(n))
     known = distance > 0
     if known.sum() < 20: return alone
     usual = np.median(distance[known])
-    z = np.where(known, np.log(np.maximum(distance, 1e-12) / np.hypot(usual, variability * size)), -np.inf)
+    def score(distance, size): return np.log(np.maximum(distance, 1e-12) / np.hypot(usual, variability * size))
+    z = np.where(known, score(distance, size), -np.inf)
     low, centre = np.quantile(z[known], [.16, .5])   # collisions lie above, so the lower half tells what is usual
-    return alone & (z <= centre + outlying * max(centre - low, 1e-6))
+    limit = centre + outlying * max(centre - low, 1e-6)
+    lonely = np.flatnonzero(z > limit)
+    if len(lonely):   # a second look among themselves: a rare unit's spikes find each other, collisions do not (few are farther apart than many, hence the 0.1)
+        again, size = distances(lonely)
+        z[lonely] = np.where(again > 0, np.minimum(score(again, size), z[lonely]), z[lonely]) - .1
+    return alone & (z <= limit)
 
 # %% ../nbs/02_waveforms.ipynb #02e39497
 def _crowded(index, peak, near, window):

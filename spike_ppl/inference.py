@@ -40,10 +40,10 @@ class Pass(NamedTuple):
     entropy: float                       # summed entropy of the responsibilities, nats (0 for a hard pass)
     spikes: np.ndarray | None = None     # per spike, when asked for: responsibilities (spike, unit), or assignments (spike,)
 
-# %% ../nbs/06_inference.ipynb #442fc70d
-_fast = dict(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"})
+# %% ../nbs/06_inference.ipynb #8d50fc26
+_compiled = dict(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"})
 
-@numba.njit(**_fast)
+@numba.njit(**_compiled)
 def _lift(x, centre, phi, full):
     "Features and their products of a block, (product, spike)."
     n, D = x.shape
@@ -55,7 +55,7 @@ def _lift(x, centre, phi, full):
             for i in range(n): phi[f, i] = phi[a, i]*phi[e, i]
             f += 1
 
-@numba.njit(**_fast)
+@numba.njit(**_compiled)
 def _exponentiate(L, c, top, total, mean):
     "L <- exp(L + c - max) in place; its sum `total`, the maximum `top`, and sum of exp x (L - max) in `mean`, along units."
     K, n = L.shape
@@ -90,7 +90,7 @@ def _exponentiate(L, c, top, total, mean):
             total[i] += e
             mean[i] += e*v
 
-@numba.njit(**_fast)
+@numba.njit(**_compiled)
 def _soften(L, c, weight, top, total, mean, density):
     "L (unit, spike) <- weight x responsibilities; summed log density and entropy."
     K, n = L.shape
@@ -106,7 +106,7 @@ def _soften(L, c, weight, top, total, mean, density):
         for i in range(n): L[k, i] *= total[i]
     return lse, entropy
 
-@numba.njit(**_fast)
+@numba.njit(**_compiled)
 def _harden(L, c, key, start, top, total, mean, z):
     "L (unit, spike) <- one-hot assignments z drawn from their probabilities; summed log density."
     K, n = L.shape
@@ -324,33 +324,266 @@ class Parts(NamedTuple):
     hyper: tuple      # variables that move no unit directly
     fixed: np.ndarray # units that no variable moves, apart from their weight: bool (unit,)
 
-# %% ../nbs/06_inference.ipynb #9d67c8cc
+# %% ../nbs/06_inference.ipynb #a4ea0d09
 def parts(
     d, # a `conjugate.Derivation`, lowered
 ) -> Parts:
     "Find out which variables are per unit, weights, shared or hyperparameters, and which units are fixed."
+    cache = _cache(d)
+    if "parts" in cache: return cache["parts"]
     K, rng = d.n_units, np.random.default_rng(20170101)
     one, two = d.initial(rng), d.initial(rng)
     def moved(point):
         c, b, A = d.unit_quadratic(point)
         far = lambda u, v: ~np.isclose(u, v, rtol=1e-9, atol=1e-12)
-        rows = far(b, b0).any(1) | far(A, A0).reshape(K, -1).any(1)
-        return rows, far(c, c0)
+        return far(b, b0).any(1) | far(A, A0).reshape(K, -1).any(1), far(c, c0)
+    def own_rows(name):                                   # row r of the variable moves unit r alone: tried for groups of rows
+        old, new = np.asarray(one[name]), np.asarray(two[name])
+        if old.ndim == 0 or not 1 <= len(old) <= K: return False
+        r = np.arange(len(old))
+        for bit in range(max(1, int(np.ceil(np.log2(len(old)))))):
+            for chosen in ((r >> bit) & 1 == 1, (r >> bit) & 1 == 0):
+                value = np.where(chosen.reshape(-1, *[1]*(old.ndim - 1)), new, old)
+                if not np.array_equal(moved({**one, name: value})[0], np.r_[chosen, np.zeros(K - len(old), bool)]): return False
+        return True
     c0, b0, A0 = d.unit_quadratic(one)
     unit, weights, shared, hyper, free = [], [], [], [], np.zeros(K, bool)
     for name in d.parameters:
         rows, constant = moved({**one, name: two[name]})
         free |= rows
-        if rows.any():
-            value = np.array(one[name])
-            alone = value.ndim > 0 and len(value) == K
-            if alone:
-                k = int(np.argmax(rows))
-                value[k] = two[name][k]
-                alone = moved({**one, name: value})[0].sum() == 1
-            (unit if alone else shared).append(name)
+        if rows.any(): (unit if own_rows(name) else shared).append(name)
         else: (weights if constant.any() else hyper).append(name)
-    return Parts(tuple(unit), tuple(weights), tuple(shared), tuple(hyper), ~free)
+    cache["parts"] = Parts(tuple(unit), tuple(weights), tuple(shared), tuple(hyper), ~free)
+    return cache["parts"]
+
+# %% ../nbs/06_inference.ipynb #d0feb8c1
+def _cache(d):
+    "What was found out about a model's structure; kept with the derivation's compiled functions."
+    return getattr(d, "_plan", d).__dict__.setdefault("_inference", {})
+
+# %% ../nbs/06_inference.ipynb #bcdaa94f
+def _empty(d):
+    K, D = d.n_units, d.n_features
+    return Statistics(np.zeros(K), np.zeros((K, D)), np.zeros((K, D, D) if d.structure == "full" else (K, D)))
+
+def _data_term(s, quadratic):
+    "Sum over spikes of the expected log-probabilities, from statistics."
+    c, b, A = quadratic
+    N, m, S = s
+    if A.ndim == 3: second = (A*S).sum() + (N*np.einsum("ki,kij,kj->k", m, A, m)).sum()
+    else: second = (A*(S + N[:, None]*m*m)).sum()
+    return float((N*c).sum() + (N[:, None]*m*b).sum() - .5*second)
+
+def _symmetric_inverse(P):
+    L = np.linalg.inv(np.linalg.cholesky(P))
+    return np.swapaxes(L, -1, -2) @ L
+
+# %% ../nbs/06_inference.ipynb #13c658ea
+class _Gaussian:
+    "A lowered derivation of a Gaussian mixture: the same functions in closed form, each checked against the derived one."
+    def __init__(self, d):
+        self._d, self._roles = d, parts(d)
+        self._full, self._none = d.structure == "full", _empty(d)
+        self._checked = _cache(d).setdefault("closed", None)
+        self._find()
+        if self._checked is None:
+            with np.errstate(all="ignore"):
+                try: self._checked = self._compare()
+                except (KeyError, ValueError, FloatingPointError, np.linalg.LinAlgError): self._checked = frozenset()
+            _cache(d)["closed"] = self._checked
+
+    def __getattr__(self, name):
+        if name.startswith("__"): raise AttributeError(name)
+        return getattr(self._d, name)
+
+    # -- recognition
+    def _find(self):
+        d, roles, rng = self._d, self._roles, np.random.default_rng(1)
+        kinds = {k: d.family[k].name for k in d.parameters}
+        means = [k for k in roles.unit if kinds[k] in ("Normal", "MvNormal") and d.family[k].shape[1:] == (d.n_features,)]
+        spread = [k for k in roles.unit if kinds[k] in ("InverseGamma", "Gamma", "Wishart") and k not in means]
+        self._ok = len(means) == 1 and len(spread) == 1 and not roles.shared and len(roles.unit) == 2
+        self._ok &= all(kinds[k] in ("Dirichlet", "Beta") for k in roles.weights)
+        if not self._ok: return
+        self._means, self._spread = means[0], spread[0]
+        self._kind = kinds[self._spread]
+        shape = d.family[self._spread].shape
+        self._rows = shape[0]
+        self._ok = shape == (self._rows, *((d.n_features,)*(2 if self._kind == "Wishart" else 1))) and d.family[self._means].shape[0] == self._rows \
+            and (self._kind == "Wishart") == self._full and (kinds[self._means] == "MvNormal") == self._full
+        if not self._ok: return
+        points = [d.initial(rng) for _ in range(2)]
+        empty = [{k: d.natural(k, p, self._none) for k in d.parameters} for p in points]
+        same = lambda k: all(np.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(empty[0][k], empty[1][k]))
+        self._prior = {k: empty[0][k] for k in d.parameters if same(k)}
+        # Beta(1, c) sticks with a Gamma prior on c
+        self._stick = None
+        loose = [k for k in d.parameters if k not in self._prior]
+        gammas = [k for k in loose if kinds[k] == "Gamma" and d.family[k].shape == () and k in roles.hyper]
+        betas = [k for k in loose if kinds[k] == "Beta" and k in roles.weights]
+        if len(loose) == 2 and len(gammas) == 1 and len(betas) == 1:
+            g, v = gammas[0], betas[0]
+            p = points[0]
+            good = np.allclose(empty[0][v][0], 1) and np.allclose(empty[0][v][1], p[g])
+            shape0, rate0 = empty[0][g][0] - p[v].size, empty[0][g][1] + np.log1p(-p[v]).sum()
+            if good and np.isclose(shape0, empty[1][g][0] - points[1][v].size) and np.isclose(rate0, empty[1][g][1] + np.log1p(-points[1][v]).sum()):
+                self._stick = g, v
+                self._prior[g] = (np.asarray(shape0), np.asarray(rate0))
+        self._ok = all(k in self._prior for k in (self._means, self._spread)) and (set(d.parameters) - set(self._prior)) <= ({self._stick[1]} if self._stick else set())
+        if not self._ok: return
+        # counts -> natural parameters of the weights: linear, one unit at a time
+        if "counts" not in _cache(d):
+            table, p = {}, points[0]
+            for k in roles.weights:
+                base, rows = d.natural(k, p, self._none), []
+                for u in range(d.n_units):
+                    N = np.zeros(d.n_units); N[u] = 1
+                    rows.append([a - b for a, b in zip(d.natural(k, p, self._none._replace(count=N)), base)])
+                table[k] = [np.stack([r[i] for r in rows]) for i in range(len(base))]
+            _cache(d)["counts"] = table
+        self._counts = _cache(d)["counts"]
+        c, b, A = d.unit_quadratic(points[0])
+        self._constants = None
+        mine = self._quadratic(self._values(points[0]))
+        self._constants = (c - mine[0], b[self._rows:], A[self._rows:])
+
+    def _compare(self):
+        "Names of the functions that agree with the derived ones."
+        if not self._ok: return frozenset()
+        d, rng, good = self._d, np.random.default_rng(2), set()
+        near = lambda a, b: all(np.shape(x) == np.shape(y) and np.allclose(x, y, rtol=1e-8, atol=1e-8*(1e-3 + np.abs(y).max(initial=0))) for x, y in zip(a, b))
+        trials = []
+        for _ in range(2):
+            p = d.initial(rng)
+            z = rng.integers(d.n_units, size=20*d.n_units)
+            x = rng.normal(size=(len(z), d.n_features))*2 + np.asarray(p[self._means])[z % self._rows]
+            s = _hard_statistics(x, z, d.n_units, self._full)
+            q = {k: _around(d.family[k], p[k]) for k in d.parameters}
+            trials.append((p, s, q))
+        for k in d.parameters:
+            if all(near(self._natural(k, self._values(p), s), d.natural(k, p, s)) for p, s, q in trials) and \
+               all(near(self._natural(k, self._expected(q), s), d.expected_natural(k, q, s)) for p, s, q in trials): good.add(k)
+        if all(near(self._quadratic(self._values(p)), d.unit_quadratic(p)) and near(self._quadratic(self._expected(q)), d.expected_quadratic(q)) for p, s, q in trials): good.add("quadratic")
+        if "quadratic" in good and all(near([self._joint(self._values(p), s, p, None)], [d.log_joint(p, s)]) and
+                                       near([self._joint(self._expected(q), s, None, q)], [d.energy(q, s)]) for p, s, q in trials): good.add("joint")
+        return frozenset(good)
+
+    # -- values and expectations
+    def _values(self, p):
+        m, v = np.asarray(p[self._means]), np.asarray(p[self._spread])
+        e = {"m": m, "V": None}
+        if self._kind == "InverseGamma": e["T"], e["logT"] = 1/v, -np.log(v).sum(1)
+        elif self._kind == "Gamma": e["T"], e["logT"] = v, np.log(v).sum(1)
+        else: e["T"], e["logT"] = v, np.linalg.slogdet(v)[1]
+        for k in self._roles.weights:
+            w = np.asarray(p[k])
+            e[k] = [np.log(w)] if self._d.family[k].name == "Dirichlet" else [np.log(w), np.log1p(-w)]
+        if self._stick: e[self._stick[0]] = np.log(p[self._stick[0]]), np.asarray(p[self._stick[0]])
+        return e
+
+    def _expected(self, q):
+        d, e = self._d, {}
+        if self._means in q:
+            P, h = q[self._means]
+            if self._full: e["V"] = _symmetric_inverse(P); e["m"] = np.einsum("kij,kj->ki", e["V"], h)
+            else: e["V"] = 1/P; e["m"] = h/P
+        if self._spread in q:
+            f = d.family[self._spread]
+            st = f.statistics(q[self._spread])
+            if self._kind == "InverseGamma": e["T"], e["logT"] = st["inverse"], -st["log"].sum(1)
+            elif self._kind == "Gamma": e["T"], e["logT"] = st["x"], st["log"].sum(1)
+            else: e["T"], e["logT"] = st["x"], st["logdet"]
+        for k in self._roles.weights:
+            if k in q:
+                st = d.family[k].statistics(q[k])
+                e[k] = [st["log"]] if "log1m" not in st else [st["log"], st["log1m"]]
+        if self._stick and self._stick[0] in q:
+            st = d.family[self._stick[0]].statistics(q[self._stick[0]])
+            e[self._stick[0]] = st["log"], st["x"]
+        return e
+
+    # -- the formulas
+    def _natural(self, name, e, s):
+        N, mean, S = s
+        R = self._rows
+        N, mean, S = N[:R], mean[:R], S[:R]
+        if name == self._means:
+            P0, h0 = self._prior[name]
+            if self._full: return P0 + N[:, None, None]*e["T"], h0 + N[:, None]*np.einsum("kij,kj->ki", e["T"], mean)
+            NT = N[:, None]*e["T"]
+            return P0 + NT, h0 + NT*mean
+        if name == self._spread:
+            a, b = self._prior[name]
+            delta = mean - e["m"]
+            if self._full:
+                second = S + N[:, None, None]*(delta[:, :, None]*delta[:, None, :] + (0 if e["V"] is None else e["V"]))
+                return a + N, b + second
+            second = S + N[:, None]*(delta*delta + (0 if e["V"] is None else e["V"]))
+            return a + .5*N[:, None], b + .5*second
+        if self._stick and name == self._stick[0]:
+            a, b = self._prior[name]
+            log1m = e[self._stick[1]][1]
+            return np.asarray(a + log1m.size), np.asarray(b - log1m.sum())
+        if self._stick and name == self._stick[1]:
+            one = np.ones(self._d.family[name].shape)
+            base = one, one*e[self._stick[0]][1]
+        else: base = self._prior[name]
+        return tuple(b + np.tensordot(s[0], J, 1) for b, J in zip(base, self._counts[name]))
+
+    def _quadratic(self, e):
+        K, R, D = self._d.n_units, self._rows, self._d.n_features
+        c = np.zeros(K)
+        for k in self._roles.weights:
+            for J, l in zip(self._counts[k], e[k]): c += np.tensordot(J, l, l.ndim)
+        T, m = e["T"], e["m"]
+        if self._full:
+            b = np.einsum("kij,kj->ki", T, m)
+            square = (b*m).sum(1) + (0 if e["V"] is None else (T*e["V"]).sum((1, 2)))
+        else: b = T*m; square = (T*(m*m + (0 if e["V"] is None else e["V"]))).sum(1)
+        c[:R] += .5*(e["logT"] - D*np.log(2*np.pi) - square)
+        A = T
+        if self._constants is not None:
+            c = c + self._constants[0]
+            if R < K: b, A = np.concatenate([b, self._constants[1]]), np.concatenate([A, self._constants[2]])
+        return c, b, A
+
+    def _joint(self, e, s, p, q):
+        total = _data_term(s, self._quadratic(e))
+        for k in self._d.parameters:
+            f = self._d.family[k]
+            if self._stick and k == self._stick[1]:
+                log_c, c = e[self._stick[0]]
+                total += float(log_c*e[k][1].size + ((c - 1)*e[k][1]).sum())
+            elif p is not None: total += f.logp(self._prior[k], p[k])
+            elif f.name in ("Normal", "MvNormal"):
+                P0, V = self._prior[k][0], f.moments(q[k])[1]
+                total += f.logp(self._prior[k], f.mean(q[k])) - .5*float((P0*V).sum())
+            elif f.name == "Dirichlet":
+                a = np.asarray(self._prior[k][0])
+                total += f.logp(self._prior[k], np.full(a.shape, 1/a.shape[-1])) + float(((a - 1)*(e[k][0] + np.log(a.shape[-1]))).sum())
+            else: total += .5*sum(f.logp(self._prior[k], x) for x in f.moments(q[k]))
+        return total
+
+    # -- the Derivation's own names
+    def natural(self, name, point, s=None): return self._natural(name, self._values(point), s) if name in self._checked else self._d.natural(name, point, s)
+    def unit_quadratic(self, point): return self._quadratic(self._values(point)) if "quadratic" in self._checked else self._d.unit_quadratic(point)
+    def log_joint(self, point, s=None): return self._joint(self._values(point), s, point, None) if "joint" in self._checked else self._d.log_joint(point, s)
+    def expected_natural(self, name, q, s=None):
+        if name not in self._checked: return self._d.expected_natural(name, q, s)
+        return self._natural(name, self._expected({k: v for k, v in q.items() if k != name and self._needs(name, k)}), s)
+    def expected_quadratic(self, q): return self._quadratic(self._expected(q)) if "quadratic" in self._checked else self._d.expected_quadratic(q)
+    def energy(self, q, s=None): return self._joint(self._expected(q), s, None, q) if "joint" in self._checked else self._d.energy(q, s)
+
+    def _needs(self, name, other):
+        "Whether the update of one variable reads another."
+        if name == self._means: return other == self._spread
+        if name == self._spread: return other == self._means
+        return self._stick is not None and name in self._stick and other in self._stick
+
+# %% ../nbs/06_inference.ipynb #6aef41d1
+def _fast(d):
+    "The derivation, in closed form where that is recognised."
+    return _Gaussian(d) if d.lowered else d
 
 # %% ../nbs/06_inference.ipynb #9e0140b0
 def start_partition(
@@ -441,7 +674,7 @@ def _first_factors(d, s, sweeps=3):
     "Factors that fit the statistics of a starting partition."
     return _settle(d, {k: _around(d.family[k], v) for k, v in d.initial().items() if k in d.parameters}, s, sweeps)
 
-# %% ../nbs/06_inference.ipynb #0dcd319f
+# %% ../nbs/06_inference.ipynb #5024c3ab
 class _State(NamedTuple):
     "Variational state on a subset of spikes."
     q: dict
@@ -555,7 +788,7 @@ class _Local:
         for name in self.roles.unit:
             q[name] = tuple(np.array(v) for v in q[name])
             for v in q[name]:
-                if v.ndim and len(v) == self.d.n_units: v[j] = v[k]
+                if v.ndim and len(v) == self.d.family[name].shape[0]: v[j] = v[k]
         return q
 
     def death(self, state, k):
@@ -574,7 +807,7 @@ class _Local:
         for name in self.roles.unit:
             q[name] = tuple(np.array(v) for v in q[name])
             for v, old in zip(q[name], state.q[name]):
-                if v.ndim and len(v) == self.d.n_units: v[free] = old[order]
+                if v.ndim and len(v) == self.d.family[name].shape[0]: v[free] = old[order]
         new = self.at(R, q, 3)
         return new if new.elbo > state.elbo + 1e-9*abs(state.elbo) else None
 
@@ -788,7 +1021,7 @@ def _hard_statistics(x, z, n_units, full):
     ends = np.searchsorted(z[order], np.arange(n_units + 1))
     return Statistics(N, mean, np.stack([y[order[a:b]].T @ y[order[a:b]] for a, b in zip(ends[:-1], ends[1:])]))
 
-# %% ../nbs/06_inference.ipynb #71554ee4
+# %% ../nbs/06_inference.ipynb #c66f58c4
 class _SplitMerge:
     "Split-merge Metropolis-Hastings step of a lowered mixture whose weights have a complete conditional."
     def __init__(self, d, spikes, roles=None, scans=4):
@@ -798,19 +1031,22 @@ class _SplitMerge:
         self.roles = roles or parts(d)
         self.reason = None
         if not self.roles.unit: self.reason = "no variable belongs to one unit alone"
-        elif self.weights_variable() is None: self.reason = "the weights are not one conjugate variable"
+        elif self.weights_variable() is None: self.reason = "no conjugate variable holds the weights"
         elif (~self.roles.fixed).sum() < 2: self.reason = "fewer than two units can move"
         self.start = {k: np.asarray(v) for k, v in d.initial().items()}
+        self.even = None if self.reason else self.level()
         self.tried = np.zeros(2, int); self.accepted = np.zeros(2, int)
 
     def weights_variable(self):
-        w = self.roles.weights
-        return w[0] if len(w) == 1 else None
+        "The variable integrated out: the weights-like one with most elements."
+        known = [k for k in self.roles.weights if self.d.family[k].name in ("Dirichlet", "Beta")]
+        return max(known, key=lambda k: int(np.prod(self.d.family[k].shape)), default=None)
 
-    def log_weights(self, point):
-        d = self.d
-        if d.weights in point: return np.log(point[d.weights])
-        return np.log(d.deterministics({k: np.asarray(v)[None] for k, v in point.items() if k != d.assignments})[d.weights][0])
+    def level(self):
+        "A value of it under which the units weigh the same, so that the launch states do not look at the weights."
+        f = self.d.family[self.weights_variable()]
+        if f.name == "Dirichlet": return np.full(f.shape, 1/f.shape[-1])
+        return np.broadcast_to(1/np.arange(f.shape[-1] + 1, 1, -1), f.shape).copy() if f.shape else np.asarray(.5)
 
     def target(self, point, s):
         "Log of p(x, z, parameters) with the weights integrated out."
@@ -821,7 +1057,7 @@ class _SplitMerge:
         "Unit variables of a pair of units from their conditionals, in place; log density of the values (drawn, or those of `target`)."
         d, density = self.d, 0.
         for name in self.roles.unit:
-            natural = tuple(np.broadcast_to(v, (d.n_units, *np.shape(v)[1:]))[pair] if np.ndim(v) else v for v in d.natural(name, point, s))
+            natural = tuple(np.broadcast_to(v, (d.family[name].shape[0], *np.shape(v)[1:]))[pair] if np.ndim(v) else v for v in d.natural(name, point, s))
             family = self.family(name)
             value = family.draw(natural, rng) if target is None else target[name][pair]
             density += family.logp(natural, value)
@@ -837,10 +1073,9 @@ class _SplitMerge:
             cache[name] = copy.copy(f); cache[name].shape = (2, *f.shape[1:])
         return cache[name]
 
-    def gap(self, point, y, pair, log_weights):
-        "Log-density of rows under the first unit of the pair less that under the second, without weights."
-        c, b, A = (v[pair] for v in self.d.unit_quadratic(point))
-        c = c - log_weights[pair]
+    def gap(self, point, y, pair):
+        "Log-density of rows under the first unit of the pair less that under the second, at level weights."
+        c, b, A = (v[pair] for v in self.d.unit_quadratic({**point, self.weights_variable(): self.even}))
         dc, db, dA = c[0] - c[1], b[0] - b[1], A[0] - A[1]
         quad = np.einsum("nd,nd->n", y @ dA, y) if self.full else y**2 @ dA
         return dc + y @ db - .5*quad
@@ -882,7 +1117,6 @@ class _SplitMerge:
         y = self.x[rows]
         first, second = np.searchsorted(rows, [a, b])
         anchors = np.zeros(len(rows), bool); anchors[[first, second]] = True
-        log_w = self.log_weights(point)
 
         # launch states: functions of rows, anchors, labels and the other units only
         launch = {**point, **{k: np.array(point[k]) for k in self.roles.unit}}
@@ -896,7 +1130,7 @@ class _SplitMerge:
             sl = self.pair_statistics(s, y, left, pair)
             self.scan(apart, sl, pair, rng)
             if t == 0: self.scan(apart, sl, pair, rng)
-            g = self.gap(apart, y, pair, log_w) + np.log(fraction) - np.log1p(-fraction)
+            g = self.gap(apart, y, pair) + np.log(fraction) - np.log1p(-fraction)
             left = rng.random(len(rows)) < expit(g)
             left[first], left[second] = True, False
             fraction = float(np.clip(rng.beta(1 + left.sum(), 1 + (~left).sum()), 1e-12, 1 - 1e-12))
@@ -907,7 +1141,7 @@ class _SplitMerge:
 
         if split:
             q_new = self.scan(apart, s_apart, pair, rng)
-            g = self.gap(apart, y, pair, log_w) + np.log(fraction) - np.log1p(-fraction)
+            g = self.gap(apart, y, pair) + np.log(fraction) - np.log1p(-fraction)
             side = rng.random(len(rows)) < expit(g)
             side[first], side[second] = True, False
             q_new += self.assignment_density(g, side, anchors)
@@ -919,7 +1153,7 @@ class _SplitMerge:
             q_new = self.scan(together, s_together, pair, rng)
             side, new_s, new = all_left, s_together, together
             q_old = self.scan(apart, s_apart, pair, rng, target=point)
-            g = self.gap(apart, y, pair, log_w) + np.log(fraction) - np.log1p(-fraction)
+            g = self.gap(apart, y, pair) + np.log(fraction) - np.log1p(-fraction)
             q_old += self.assignment_density(g, z[rows] == i, anchors)
             proposal = q_old - q_new - np.log(n_empty)
         new = {**point, **{k: new[k] for k in self.roles.unit}}
@@ -1023,7 +1257,7 @@ def _derived(model):
         except Exception: _competences[key] = model, None
     return _competences[key][1]
 
-# %% ../nbs/06_inference.ipynb #5273a411
+# %% ../nbs/06_inference.ipynb #cebaaebe
 class ConjugateGibbs(BlockedStep):
     """Draw variables from their complete conditionals, derived from the model.
 
@@ -1048,6 +1282,7 @@ class ConjugateGibbs(BlockedStep):
     ):
         model = pm.modelcontext(model)
         self.d = _derived(model) or derive(model)
+        if self.d.lowered: self.d = _fast(self.d)
         values = {model.rvs_to_values[rv].name: rv.name for rv in model.free_RVs}
         asked = list(vars or model.value_vars)
         names = [values.get(getattr(v, "name", v), getattr(v, "name", v)) for v in asked]
@@ -1487,7 +1722,7 @@ def _from_pymc(d, idata, spikes, rng, keep, memory, draw_assignments):
                      coords={"chain": np.arange(chains), "draw": np.arange(draws)})
     return _dataset(d, values), own.merge(stats.assign_coords(chain=np.arange(chains), draw=np.arange(draws)) if stats.sizes else stats), extra
 
-# %% ../nbs/06_inference.ipynb #06a73428
+# %% ../nbs/06_inference.ipynb #cf56b81c
 def fit(
     model:pm.Model,          # any PyMC model; mixtures with explicit assignments first
     method:str="gibbs",      # "gibbs", "vb", "nuts" or "advi"
@@ -1524,6 +1759,9 @@ def fit(
     d = derive(model, exact=exact)
     if features is not None and not d.lowered: raise ValueError("features= stands in for the model's data only where the likelihood is quadratic in them; build the model on all rows instead")
     if features is not None: d = _Rebound(d, features)
+    if d.lowered: d = _fast(d)
+    sweeps = chains*(draws + tune) if method == "gibbs" else 0
+    if not (isinstance(d, _Gaussian) and "joint" in d._checked) and sweeps > 2000: d.mode = "NUMBA"   # seconds of compilation pay off
     spikes = Spikes(d.data, cores, float32) if d.lowered else None
     if spikes is not None and isinstance(spikes.x, np.ndarray) and not np.isfinite(spikes.x).all():
         raise ValueError("the observed features hold NaN or infinite values; leave these spikes out")
@@ -1603,7 +1841,7 @@ def _spread(d, seed, chains):
         out.append({k: v for k, v in state.point.items() if k != d.assignments and k in d.family})
     return out
 
-# %% ../nbs/06_inference.ipynb #b1c4fc0b
+# %% ../nbs/06_inference.ipynb #716a6274
 def _parameters(tree, model, draws):
     "Derivation, and points of the parameters spread evenly over the posterior."
     roles = json.loads(tree.attrs["roles"])
@@ -1621,6 +1859,7 @@ def _parameters(tree, model, draws):
         rows = min(len(observed), max(4*k, 64))
         model = build(name, observed[:rows], **args, **({"priors": {k: np.asarray(v) if isinstance(v, list) else v for k, v in priors.items()}} if priors else {}))
     d = derive(model)
+    if d.lowered: d = _fast(d)
     if d.assignments is None: raise ValueError("predict and log_density need a model with assignments")
     post = tree["posterior"].to_dataset()
     names = [k for k in d.initial() if k != d.assignments]
@@ -1638,7 +1877,8 @@ def _quadratics(d, points, weights):
         det = d.deterministics({k: np.stack([p[k] for p in points]) for k in points[0]})[d.weights]
     for i, p in enumerate(points):
         c, b, A = d.unit_quadratic(p)
-        if det is not None: c = c - np.log(det[i]) + np.log(weights[i])
+        if det is not None:
+            c = np.array(c); c[:len(det[i])] += np.log(weights[i]) - np.log(det[i])
         yield c, b, A
 
 def _rows_of(features):

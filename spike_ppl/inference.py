@@ -378,7 +378,7 @@ def _symmetric_inverse(P):
     L = np.linalg.inv(np.linalg.cholesky(P))
     return np.swapaxes(L, -1, -2) @ L
 
-# %% ../nbs/06_inference.ipynb #13c658ea
+# %% ../nbs/06_inference.ipynb #0a37d298
 class _Gaussian:
     "A lowered derivation of a Gaussian mixture: the same functions in closed form, each checked against the derived one."
     def __init__(self, d):
@@ -468,38 +468,51 @@ class _Gaussian:
                                        near([self._joint(self._expected(q), s, None, q)], [d.energy(q, s)]) for p, s, q in trials): good.add("joint")
         return frozenset(good)
 
-    # -- values and expectations
+    # -- values and expectations; what one array or one factor gives is remembered until another takes its place
+    def _remember(self, slot, keys, make):
+        memory = self.__dict__.setdefault("_memory", {})
+        old = memory.get(slot)
+        if old is None or len(old[0]) != len(keys) or any(a is not b for a, b in zip(old[0], keys)): memory[slot] = old = keys, make()
+        return old[1]
+
+    def _spread_values(self, v):
+        if self._kind == "InverseGamma": return 1/v, -np.log(v).sum(1)
+        if self._kind == "Gamma": return v, np.log(v).sum(1)
+        return v, np.linalg.slogdet(v)[1]
+
     def _values(self, p):
-        m, v = np.asarray(p[self._means]), np.asarray(p[self._spread])
-        e = {"m": m, "V": None}
-        if self._kind == "InverseGamma": e["T"], e["logT"] = 1/v, -np.log(v).sum(1)
-        elif self._kind == "Gamma": e["T"], e["logT"] = v, np.log(v).sum(1)
-        else: e["T"], e["logT"] = v, np.linalg.slogdet(v)[1]
+        v = p[self._spread]
+        T, logT = self._remember("v", (v,), lambda: self._spread_values(np.asarray(v)))
+        e = {"m": np.asarray(p[self._means]), "V": None, "T": T, "logT": logT}
         for k in self._roles.weights:
             w = np.asarray(p[k])
             e[k] = [np.log(w)] if self._d.family[k].name == "Dirichlet" else [np.log(w), np.log1p(-w)]
         if self._stick: e[self._stick[0]] = np.log(p[self._stick[0]]), np.asarray(p[self._stick[0]])
         return e
 
+    def _factor(self, name, natural):
+        "Expected statistics of one factor."
+        d = self._d
+        if name == self._means:
+            P, h = natural
+            if not self._full: return h/P, 1/P
+            V = _symmetric_inverse(P)
+            return np.einsum("kij,kj->ki", V, h), V
+        st = d.family[name].statistics(natural)
+        if name == self._spread:
+            if self._kind == "InverseGamma": return st["inverse"], -st["log"].sum(1)
+            if self._kind == "Gamma": return st["x"], st["log"].sum(1)
+            return st["x"], st["logdet"]
+        if self._stick and name == self._stick[0]: return st["log"], st["x"]
+        return [st["log"]] if "log1m" not in st else [st["log"], st["log1m"]]
+
     def _expected(self, q):
-        d, e = self._d, {}
-        if self._means in q:
-            P, h = q[self._means]
-            if self._full: e["V"] = _symmetric_inverse(P); e["m"] = np.einsum("kij,kj->ki", e["V"], h)
-            else: e["V"] = 1/P; e["m"] = h/P
-        if self._spread in q:
-            f = d.family[self._spread]
-            st = f.statistics(q[self._spread])
-            if self._kind == "InverseGamma": e["T"], e["logT"] = st["inverse"], -st["log"].sum(1)
-            elif self._kind == "Gamma": e["T"], e["logT"] = st["x"], st["log"].sum(1)
-            else: e["T"], e["logT"] = st["x"], st["logdet"]
-        for k in self._roles.weights:
-            if k in q:
-                st = d.family[k].statistics(q[k])
-                e[k] = [st["log"]] if "log1m" not in st else [st["log"], st["log1m"]]
-        if self._stick and self._stick[0] in q:
-            st = d.family[self._stick[0]].statistics(q[self._stick[0]])
-            e[self._stick[0]] = st["log"], st["x"]
+        e = {}
+        for k, natural in q.items():
+            out = self._remember(("q", k), (natural,), lambda: self._factor(k, natural))
+            if k == self._means: e["m"], e["V"] = out
+            elif k == self._spread: e["T"], e["logT"] = out
+            else: e[k] = out
         return e
 
     # -- the formulas
@@ -547,8 +560,11 @@ class _Gaussian:
             if R < K: b, A = np.concatenate([b, self._constants[1]]), np.concatenate([A, self._constants[2]])
         return c, b, A
 
-    def _joint(self, e, s, p, q):
-        total = _data_term(s, self._quadratic(e))
+    def _joint(self, e, s, p, q): return _data_term(s, self._quadratic(e)) + self._priors(e, p, q)
+
+    def _priors(self, e, p, q):
+        "Log prior density of the parameters at a point, or expected under q."
+        total = 0.
         for k in self._d.parameters:
             f = self._d.family[k]
             if self._stick and k == self._stick[1]:
@@ -556,8 +572,7 @@ class _Gaussian:
                 total += float(log_c*e[k][1].size + ((c - 1)*e[k][1]).sum())
             elif p is not None: total += f.logp(self._prior[k], p[k])
             elif f.name in ("Normal", "MvNormal"):
-                P0, V = self._prior[k][0], f.moments(q[k])[1]
-                total += f.logp(self._prior[k], f.mean(q[k])) - .5*float((P0*V).sum())
+                total += f.logp(self._prior[k], f._out(e["m"]) if f.axis is not None else e["m"]) - .5*float((self._prior[k][0]*e["V"]).sum())
             elif f.name == "Dirichlet":
                 a = np.asarray(self._prior[k][0])
                 total += f.logp(self._prior[k], np.full(a.shape, 1/a.shape[-1])) + float(((a - 1)*(e[k][0] + np.log(a.shape[-1]))).sum())
@@ -566,13 +581,21 @@ class _Gaussian:
 
     # -- the Derivation's own names
     def natural(self, name, point, s=None): return self._natural(name, self._values(point), s) if name in self._checked else self._d.natural(name, point, s)
-    def unit_quadratic(self, point): return self._quadratic(self._values(point)) if "quadratic" in self._checked else self._d.unit_quadratic(point)
-    def log_joint(self, point, s=None): return self._joint(self._values(point), s, point, None) if "joint" in self._checked else self._d.log_joint(point, s)
+    def unit_quadratic(self, point):
+        if "quadratic" not in self._checked: return self._d.unit_quadratic(point)
+        return self._remember("point", tuple(point[k] for k in self._d.parameters), lambda: self._quadratic(self._values(point)))
+    def log_joint(self, point, s=None):
+        if "joint" not in self._checked: return self._d.log_joint(point, s)
+        return _data_term(s, self.unit_quadratic(point)) + self._priors(self._values(point), point, None)
     def expected_natural(self, name, q, s=None):
         if name not in self._checked: return self._d.expected_natural(name, q, s)
         return self._natural(name, self._expected({k: v for k, v in q.items() if k != name and self._needs(name, k)}), s)
-    def expected_quadratic(self, q): return self._quadratic(self._expected(q)) if "quadratic" in self._checked else self._d.expected_quadratic(q)
-    def energy(self, q, s=None): return self._joint(self._expected(q), s, None, q) if "joint" in self._checked else self._d.energy(q, s)
+    def expected_quadratic(self, q):
+        if "quadratic" not in self._checked: return self._d.expected_quadratic(q)
+        return self._remember("expected", tuple(q[k] for k in self._d.parameters), lambda: self._quadratic(self._expected(q)))
+    def energy(self, q, s=None):
+        if "joint" not in self._checked: return self._d.energy(q, s)
+        return _data_term(s, self.expected_quadratic(q)) + self._priors(self._expected({k: q[k] for k in self._d.parameters}), None, q)
 
     def _needs(self, name, other):
         "Whether the update of one variable reads another."

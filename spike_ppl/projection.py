@@ -275,7 +275,7 @@ def _trainer(n_time, hidden, n_latent, batch):
     mode = Mode(linker="py", optimizer="fast_run").excluding("fusion")
     return pytensor.function([theta, m, v, given, target, rate, step], [theta_next, m_next, v_next, loss], mode=mode)
 
-# %% ../nbs/03_projection.ipynb #d392c76d
+# %% ../nbs/03_projection.ipynb #7739c964
 class Autoencoder(Projection):
     "A neural network, shared by the channels, that takes each channel's waveform to a few latents and back."
     def __init__(self,
@@ -364,7 +364,7 @@ class Autoencoder(Projection):
         if self.start == "pca":
             last = len(encoder) - 1 if self.hidden else 0, len(parts) - 1 if self.hidden else len(encoder)
             parts[last[0]], parts[last[1]] = components, components.T
-            for i in (len(encoder) - 3, len(parts) - 3) if self.hidden else (): parts[i] = parts[i] * .1   # the curved part starts small
+            for i in (len(encoder) - 3, len(parts) - 3) if self.hidden else (): parts[i] = np.zeros_like(parts[i])   # the curved part starts at nothing
         return np.concatenate([p.ravel() for p in parts])
 
     def _loss(self, theta, given, target, encoder, decoder):

@@ -746,12 +746,12 @@ class FitExplorer(Explorer):
         pick = np.sort(np.argsort(-np.asarray(x).var(0), kind="stable")[:k])
         panel.show(lambda axs: plots.ppc(f, features=pick, ax=axs if k > 1 else [axs]), k)
 
-# %% ../nbs/14_explore.ipynb #d54fae3d
+# %% ../nbs/14_explore.ipynb #7b884733
 class ModelExplorer(Explorer):
     "Move the priors, watch the partition. Traits: `model`, `n_units`, `concentration`, `spread`, `covariance`, `seed`."
-    model = traitlets.Unicode("dpmm")
+    model = traitlets.Unicode("gmm")
     n_units = traitlets.Int(8)
-    concentration = traitlets.Float(1.)
+    concentration = traitlets.Float(.1)
     spread = traitlets.Float(1.)
     covariance = traitlets.Enum(["diagonal", "full"], "diagonal")
     seed = traitlets.Int(0)
@@ -759,7 +759,7 @@ class ModelExplorer(Explorer):
     def __init__(self,
         features=None, # (spike, feature), some hundred spikes; None: toy data
         labels=None, # the truth, when known: how well the partition agrees is then shown
-        *, model:str="dpmm", # "gmm" or "dpmm"
+        *, model:str="gmm", # "gmm" or "dpmm"
         n_units:int=8, # number of units (gmm), or the most there can be
         limit:int=3000, # spikes used, at most
     ):
@@ -775,7 +775,7 @@ class ModelExplorer(Explorer):
         self._model = widgets.ToggleButtons(options=[("mixture (gmm)", "gmm"), ("Dirichlet process (dpmm)", "dpmm")], style=dict(button_width="190px"))
         slow = dict(continuous_update=False, layout=_WIDE(width="420px"), style=dict(description_width="170px"))
         self._k = widgets.IntSlider(min=1, max=20, description="units, or the most of them", **slow)
-        self._alpha = widgets.FloatLogSlider(min=-2, max=2, step=.25, base=10, description="concentration", readout_format=".2f", **slow)
+        self._alpha = widgets.FloatLogSlider(min=-3, max=2, step=.5, base=10, description="concentration", readout_format=".3f", **slow)
         self._spread = widgets.FloatLogSlider(min=-1.5, max=1.5, step=.25, base=10, description="expected variance, x default", readout_format=".2f", **slow)
         self._covariance = widgets.ToggleButtons(options=["diagonal", "full"], style=dict(button_width="90px"))
         self._seed = widgets.BoundedIntText(min=0, max=999, description="seed", layout=_WIDE(width="150px"))

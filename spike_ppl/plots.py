@@ -34,11 +34,18 @@ _MARKERS = "o^sDvP*X"
 
 def _marker(unit): return "o" if unit < 0 else _MARKERS[(int(unit)//len(_PALETTE)) % len(_MARKERS)]
 
-# %% ../nbs/08_plots.ipynb #155062a6
+# %% ../nbs/08_plots.ipynb #bb8dd9bc
+class _Figure(Figure):
+    "A figure that a notebook shows without pyplot."
+    def _repr_png_(self):
+        import io
+        out = io.BytesIO()
+        self.savefig(out, format="png", dpi=100, facecolor="none", bbox_inches="tight", pad_inches=.05)
+        return out.getvalue()
+
 def _figure(width=7., height=4.):
     "A transparent figure that no pyplot state knows."
-    fig = Figure(figsize=(width, height), facecolor="none", layout="constrained")
-    return fig
+    return _Figure(figsize=(width, height), facecolor="none", layout="constrained")
 
 # %% ../nbs/08_plots.ipynb #e29b0ad3
 def plain(
@@ -822,7 +829,7 @@ def parameters(
     if not alone: _unit_key(ax, units)
     return ax
 
-# %% ../nbs/08_plots.ipynb #5fae5758
+# %% ../nbs/08_plots.ipynb #324c6c1f
 def elbo(
     fit, # a fit by vb or advi, or its bound per iteration
     *, skip:int=0, # first iterations left out of the limits
@@ -835,14 +842,15 @@ def elbo(
     value = np.ravel(np.asarray(fit, dtype=float))
     ax = _axes(ax, 6, 3)
     ax.plot(np.arange(len(value)), value, color=unit_colour(0), lw=1.4, marker="." if len(value) < 60 else None, gid="elbo")
-    if skip and len(value) > skip: 
-        low, high = np.nanmin(value[skip:]), np.nanmax(value[skip:]); ax.set_ylim(low - .05*(high - low), high + .05*(high - low))
+    low, high = (np.nanmin(value[skip:]), np.nanmax(value[skip:])) if len(value) > skip + 1 else (0, 0)
+    if skip and high > low:
+        ax.set_ylim(low - .05*(high - low), high + .05*(high - low))
     ax.ticklabel_format(axis="y", useOffset=False, style="plain")
     ax.set(xlabel="iteration", ylabel="ELBO [nats]")
     ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
-# %% ../nbs/08_plots.ipynb #487f3db5
+# %% ../nbs/08_plots.ipynb #826e442c
 def optimisation_path(
     fit:xr.DataTree, # a fit by vb
     variable:str="weights", # of the optimisation group: weights, means, variances
@@ -851,10 +859,16 @@ def optimisation_path(
     ax=None,
 ):
     "Draw a parameter's expectation over the iterations of variational inference, a line per unit."
-    if "optimisation" not in fit.children or variable not in fit["optimisation"]:
+    path = fit["optimisation"].to_dataset() if "optimisation" in fit.children else xr.Dataset()
+    if variable == "weights" and variable not in path and "sticks" in path:
+        # E[w_k] = E[v_k] prod_{j<k} E[1 - v_j]: the sticks are independent under q
+        v = path["sticks"].transpose("iteration", ...).values
+        left = np.cumprod(np.c_[np.ones(len(v)), 1 - v], 1)
+        path = path.assign(weights=(("iteration", "unit"), left*np.c_[v, np.ones(len(v))]))
+    if variable not in path:
         there = list(fit["optimisation"].data_vars) if "optimisation" in fit.children else []
         raise ValueError(f"no path of {variable!r} in this fit, whose optimisation group has {there}; fit with method='vb'")
-    value = fit["optimisation"][variable]
+    value = path[variable]
     for d in [d for d in value.dims if d not in ("iteration", "unit")]:
         if feature is None: feature = value[d].values[0] if d in value.coords else 0
         value = value.sel({d: feature}) if d in value.coords else value.isel({d: feature})
@@ -1001,7 +1015,7 @@ def amplitude_over_time(
     _unit_key(ax, units)
     return ax
 
-# %% ../nbs/08_plots.ipynb #6abaa692
+# %% ../nbs/08_plots.ipynb #595d4da0
 def correlogram(
     a, # s: spike times of one unit
     b=None, # s: of the other; None: the auto-correlogram, without a spike's zero distance to itself
@@ -1020,7 +1034,10 @@ def correlogram(
     other = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + np.repeat(low, n)
     lag = b[other] - a[which]
     if auto: lag = lag[other != which]
-    return edges, np.histogram(lag + 1e-9, edges)[0]
+    # times are multiples of a sample, so differences fall on the edges of bins: a positive and a negative one of the same size go to mirrored bins
+    k = np.floor(np.abs(lag)/bin + 1e-6).astype(int)
+    k = np.where(lag >= 0, half + k, half - 1 - k)
+    return edges, np.bincount(k[(k >= 0) & (k < 2*half)], minlength=2*half)
 
 # %% ../nbs/08_plots.ipynb #896a5b03
 def correlograms(

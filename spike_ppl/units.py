@@ -335,7 +335,7 @@ def _certainty(c):
     c._sure = per
     return per
 
-# %% ../nbs/10_units.ipynb #b67a0d9a
+# %% ../nbs/10_units.ipynb #74be0234
 def _coincidences(a, b, refractory, censored):
     "Pairs of spikes (sorted times, s) between `censored` and `refractory` (s) apart."
     def within(r): return int((np.searchsorted(b, a + r, "right") - np.searchsorted(b, a - r, "left")).sum())
@@ -349,20 +349,28 @@ def _log_bf_one(k, expected):
     one = logsumexp(poisson.logpmf(k, f*max(expected, 1e-12)) + beta.logpdf(f, 1, 20)) - np.log(400)
     return float(one - poisson.logpmf(k, max(expected, 1e-12)))
 
-def _valley(a, b, bins=40):
-    "How deep the density dips between two samples on a line: smallest density between the medians / smaller of the two peaks."
+def _valley(a, b, alike=True):
+    """How deep the density dips between two samples on a line: smallest density between the medians / smaller of the two peaks.
+
+    One standard error of the counts is given to the valley and taken from the peak: a few spikes cannot make a dip. Two units count alike
+    whatever their sizes; the two parts of one sample (`alike=False`) count by their spikes, or cutting off a tail would make a hump of it."""
     from scipy.ndimage import gaussian_filter1d
     if len(a) < 5 or len(b) < 5: return np.nan
     low, high = sorted((np.median(a), np.median(b)))
     x = np.concatenate([a, b])
-    weight = np.concatenate([np.full(len(a), 1/len(a)), np.full(len(b), 1/len(b))])
-    edges = np.linspace(*np.quantile(x, [.005, .995]), bins + 1)
+    weight = np.concatenate([np.full(len(a), 1/len(a)), np.full(len(b), 1/len(b))]) if alike else np.full(len(x), 1/len(x))
+    edges = np.linspace(*np.quantile(x, [.005, .995]), int(np.clip(len(x)/12, 10, 40)) + 1)
     if not edges[-1] > edges[0]: return 1.
-    h = gaussian_filter1d(np.histogram(x, edges, weights=weight)[0], 1.2, mode="nearest")
+    width = 1.2
+    h, v = (gaussian_filter1d(np.histogram(x, edges, weights=w)[0], width, mode="nearest") for w in (weight, weight**2))
+    error = np.sqrt(v/(2*np.sqrt(np.pi)*width))
     middle = (edges[1:] + edges[:-1])/2
-    i, j = np.searchsorted(middle, [low, high]).clip(0, bins - 1)
-    between = h[i:j + 1] if j > i else h[i:i + 1]
-    return float(np.clip(between.min()/max(min(h[:i + 1].max() if i else h[0], h[j:].max()), 1e-12), 0, 1))
+    i, j = np.searchsorted(middle, [low, high]).clip(0, len(h) - 1)
+    i, j = min(i, j), max(i, j)
+    valley = i + h[i:j + 1].argmin()
+    left, right = h[:i + 1].argmax(), j + h[j:].argmax()
+    peak = left if h[left] <= h[right] else right
+    return float(np.clip((h[valley] + error[valley])/max(h[peak] - error[peak], 1e-12), 0, 1))
 
 def _some_rows(index, n, seed): 
     return index if len(index) <= n else np.sort(np.random.default_rng(seed).choice(index, n, replace=False))
@@ -445,40 +453,38 @@ def merge_suggestions(
     out = out[out.probability >= minimum].sort_values(["probability", "unit", "other"], ascending=[False, True, True], kind="stable")
     return out.reset_index(drop=True)
 
-# %% ../nbs/10_units.ipynb #7b07c95f
-def _two_parts(x, seed=0, n=3000, components=5, tries=4):
-    "Cut rows in two: k-means with two means in their own leading components, then again on the line between the parts. True: second part."
-    rng = np.random.default_rng(seed)
+# %% ../nbs/10_units.ipynb #ad63bfec
+def _cut(line):
+    "Where a sample on a line is best cut: the bin that lies deepest below peaks on both sides; the median when none does."
+    from scipy.ndimage import gaussian_filter1d
+    count, edges = np.histogram(line, np.linspace(*np.quantile(line, [.05, .95]), int(np.clip(len(line)/12, 10, 40)) + 1))
+    h = gaussian_filter1d(count.astype(float), 1.2, mode="nearest")
+    depth = np.minimum(np.maximum.accumulate(h), np.maximum.accumulate(h[::-1])[::-1]) - h
+    k = depth.argmax()
+    return (edges[k] + edges[k + 1])/2 if depth[k] > 0 else np.median(line)
+
+def _two_parts(x, seed=0, n=3000, components=8, rounds=10, smallest=20):
+    "Cut rows in two where their density dips most: from each leading component, cut, turn to the discriminant of the parts, cut again. Mask of the smaller part; the dip."
     i = _some_rows(np.arange(len(x)), n, seed)
     mean = np.median(x[i], 0); y = x[i] - mean
-    far = np.linalg.norm(y, axis=1); y = y[far <= np.quantile(far, .98)]
+    far = np.linalg.norm(y, axis=1); y = y[far <= np.quantile(far, .95)]     # spikes on top of others are no third neuron
     v = np.linalg.svd(y, full_matrices=False)[2][:components].T
-    y, best = y @ v, None
-    starts = [y[:, k] > np.median(y[:, k]) for k in range(min(3, y.shape[1]))] + [rng.random(len(y)) < .5 for _ in range(tries - 3)]
-    for part in starts:
-        for _ in range(30):
-            if part.all() or not part.any(): break
-            centre = np.stack([y[~part].mean(0), y[part].mean(0)])
-            new = ((y - centre[1])**2).sum(1) < ((y - centre[0])**2).sum(1)
-            if (new == part).all(): break
-            part = new
-        if part.all() or not part.any() or min(part.sum(), (~part).sum()) < 5: continue
-        w = plane(y, part.astype(int))[:, 0]
-        dip = _valley(y[~part] @ w, y[part] @ w)
-        if best is None or dip < best[0]: best = (dip, w, part.copy())
-    if best is None: return np.zeros(len(x), bool), np.nan
-    dip, w, part = best
-    line = ((x - mean) @ v) @ w
-    a, b = np.median(y[~part] @ w), np.median(y[part] @ w)
-    from scipy.ndimage import gaussian_filter1d
-    inside = line[(line >= min(a, b)) & (line <= max(a, b))]
-    cutting = (a + b)/2
-    if len(inside) > 20:
-        h, e = np.histogram(inside, 25); h = gaussian_filter1d(h.astype(float), 1.2, mode="nearest"); cutting = (e[h.argmin()] + e[h.argmin() + 1])/2
-    second = line > cutting
-    return (second if second.sum() <= (~second).sum() else ~second), dip
+    y = y @ v
+    best = np.inf, None, None
+    for w in np.eye(y.shape[1]):
+        for _ in range(rounds):
+            line = y @ w; at = _cut(line); part = line > at
+            if min(part.sum(), (~part).sum()) < smallest: break
+            dip = _valley(line[~part], line[part], alike=False)
+            if dip < best[0]: best = dip, w, at
+            w, before = plane(y, part.astype(int))[:, 0], w
+            if abs(w @ before) > .9999*np.linalg.norm(w)*np.linalg.norm(before): break
+    dip, w, at = best
+    if w is None: return np.zeros(len(x), bool), 1.
+    part = ((x - mean) @ v) @ w > at
+    return (part if part.sum() <= (~part).sum() else ~part), dip
 
-# %% ../nbs/10_units.ipynb #2e4d699c
+# %% ../nbs/10_units.ipynb #e6286140
 def split_suggestions(
     result, # a `sort` result, Clustering, fit or labels
     *, refractory:float=1.5, # ms
@@ -503,7 +509,7 @@ def split_suggestions(
         if units is not None and u not in units: continue
         mine = np.flatnonzero(where == u)
         if len(mine) < 2*smallest: continue
-        part, dip = _two_parts(x[mine], seed)
+        part, dip = _two_parts(x[mine], seed, smallest=smallest)
         if min(part.sum(), (~part).sum()) < smallest: continue
         members = np.flatnonzero(c.labels.values == u)
         whole = np.isin(members, back[mine[part]])
@@ -514,7 +520,7 @@ def split_suggestions(
             row["coincidences"] = _coincidences(a, b, refractory/1e3, censored/1e3)
             row["expected"] = 2*(refractory - censored)/1e3*len(a)*len(b)/c.duration
             row["log_bf_time"] = -_log_bf_one(row["coincidences"], row["expected"])
-        prior = float(np.clip(np.nanmax([row["shape"], (1 - dip)**2 if np.isfinite(dip) else 0]), .005, .995))
+        prior = float(np.clip(np.nanmax([row["shape"], 1 - dip if np.isfinite(dip) else 0]), .005, .995))
         row["probability"] = float(1/(1 + np.exp(-np.clip(np.log(prior/(1 - prior)) + row["log_bf_time"], -50, 50))))
         rows.append(row)
     out = pd.DataFrame(rows, columns=columns)

@@ -44,8 +44,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate.Derivation._statistics': ( 'conjugate.html#derivation._statistics',
                                                                                      'spike_ppl/conjugate.py'),
-                                     'spike_ppl.conjugate.Derivation._uniform': ( 'conjugate.html#derivation._uniform',
-                                                                                  'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate.Derivation.data': ('conjugate.html#derivation.data', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate.Derivation.deterministics': ( 'conjugate.html#derivation.deterministics',
                                                                                         'spike_ppl/conjugate.py'),

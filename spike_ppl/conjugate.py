@@ -764,7 +764,7 @@ def _simplex(D):
     basis = np.linalg.svd(corners)[2][:D]
     return corners @ basis.T * np.sqrt((D + 1) / D)
 
-# %% ../nbs/05_conjugate.ipynb #095e77ac
+# %% ../nbs/05_conjugate.ipynb #8a5871de
 class _Plan:
     "Everything that depends on the structure of a model and not on its data: families, lowering and compiled functions."
     def __init__(self, whole, terms, constants, constant_values, exact):
@@ -824,8 +824,8 @@ class _Plan:
                 data = self.joint.data[self.data_name]
                 X = data[rng.integers(len(data), size=len(units))].astype(float)
                 step, U = rng.normal(size=(len(units), D)) * data.std(0), rng.normal(size=(len(units), D))
-                v = [call(X + j * step, U)[0] for j in (-1, 0, 1, 2)]
-                if v[0].shape != (len(units),): return
+                with np.errstate(all="ignore"): v = [call(X + j * step, U)[0] for j in (-1, 0, 1, 2)]
+                if v[0].shape != (len(units),) or not np.isfinite(v).all(): return
                 third = v[3] - 3 * v[2] + 3 * v[1] - v[0]
                 if not np.all(np.abs(third) <= 1e-8 * (1 + sum(np.abs(w) for w in v))): return
                 _, one, other = call(X, U)
@@ -1024,7 +1024,7 @@ def _plan_of(joint, exact):
     del _plans[:-16]
     return plan, values
 
-# %% ../nbs/05_conjugate.ipynb #b05adac5
+# %% ../nbs/05_conjugate.ipynb #51b2f436
 class Derivation:
     "The complete conditionals and expected natural parameters of all variables of a model, compiled, bound to its data."
     def __init__(self, joint:LogJoint, plan, constant_values:dict):
@@ -1094,14 +1094,16 @@ class Derivation:
     # variational Bayes
     def expected_natural(self, name:str, q:dict, s=None) -> tuple: # natural parameters
         "Natural parameters of the optimal q(name), given natural parameters `q` of the others and expected statistics."
-        return tuple(self._call(("expected_natural", name), lambda: self._plan.build_expected_natural(name), {**self._moments(q, name), **self._statistics(s)}))
+        env = {**self._moments(q, name), **self._statistics(s)}
+        if isinstance(f := self.family[name], FiniteDiscrete):          # its own probabilities enter linearly: any value gives the same gradient
+            env[("moment", name, 0)] = np.full((*f.shape, f.n_values), 1 / f.n_values)
+        return tuple(self._call(("expected_natural", name), lambda: self._plan.build_expected_natural(name), env))
     def expected_quadratic(self, q:dict) -> tuple: # E c, E b, E A
         "Expectation of `unit_quadratic` under q."
         return tuple(self._call("expected_quadratic", self._plan.build_expected_quadratic, self._moments(q)))
     def expected_logits(self, q:dict) -> np.ndarray: # (N, K)
         "Expectation of `logits` under q (for models that are not lowered)."
-        return self.expected_natural(self.assignments, {**q, self.assignments: q.get(self.assignments) or self._uniform()})[0]
-    def _uniform(self): return (np.zeros((*self.family[self.assignments].shape, self.n_units)),)
+        return self.expected_natural(self.assignments, q)[0]
     def energy(self, q:dict, s=None) -> float: # nats
         "E_q of the log joint; with the entropies of q it makes the ELBO."
         return float(self._call("energy", self._plan.build_energy, {**self._moments(q), **self._statistics(s)})[0])

@@ -162,6 +162,28 @@ def test_poisson_and_bernoulli_components():
     assert np.allclose(a, 1.5 + ones) and np.allclose(b, 1.5 + n - ones)
 
 
+def test_variational_updates_without_lowering_never_lower_the_elbo():
+    rng = np.random.default_rng(5)
+    counts = rng.poisson(np.array([[2., 9.], [7., 1.]])[rng.integers(2, size=60)])
+    with pm.Model() as model:
+        w = pm.Dirichlet("w", np.ones(2))
+        rate = pm.Gamma("rate", 2., 1., shape=(2, 2))
+        z = pm.Categorical("z", w, shape=60)
+        pm.Poisson("counts", rate[z], observed=counts)
+    d = derive(model)
+    assert not d.lowered and d.assignments == "z" and d.weights == "w"
+    q = dict(w=(np.array([3., 2.]),), rate=(rng.gamma(5., size=(2, 2)), np.ones((2, 2))))
+    elbo = []
+    for _ in range(8):
+        q["z"] = (d.expected_logits(q),)
+        for name in d.parameters: q[name] = d.expected_natural(name, q)
+        elbo.append(d.energy(q) + d.entropy(q))
+    assert np.all(np.diff(elbo) > -1e-9) and elbo[-1] > elbo[0] + 1
+    a, b = q["rate"]                                            # the textbook update: prior + responsibility-weighted counts
+    r = d.family["z"].probabilities(q["z"])
+    assert np.allclose(a, 2 + r.T @ counts) and np.allclose(b, 1 + r.sum(0)[:, None])
+
+
 def test_student_components_through_their_scale_mixture(x):
     n, d = x.shape
     with pm.Model() as model:

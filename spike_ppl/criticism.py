@@ -19,9 +19,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import logsumexp
 from scipy.stats import chi2
 
-# %% ../nbs/09_criticism.ipynb #bc064675
+# %% ../nbs/09_criticism.ipynb #6b949d02
 from . import plots
-from .partition import (_canonical, _draws, _even, _sizes, assignment_draws, certainty, coclustering, n_units,
+from .partition import (_canonical, _draws, _even, _sizes, _with_groups, certainty, coclustering, n_units,
                                  partition_distance, point_partition, relabel, roles)
 
 # %% ../nbs/09_criticism.ipynb #f96097ff
@@ -116,13 +116,14 @@ def _parameters(fit):
         rows[f"{name} (relabelled, worst of {values.shape[-1]})"] = dict(mean=np.nan, sd=np.nan, rhat=np.nanmax(r[:, 0]), ess_bulk=np.nanmin(r[:, 1]), ess_tail=np.nanmin(r[:, 2]))
     return rows
 
-# %% ../nbs/09_criticism.ipynb #8d9d09f4
+# %% ../nbs/09_criticism.ipynb #38e1880e
 def _vb_convergence(fit):
     "Convergence of a variational fit from the path of its ELBO."
     n = _soft_size(fit)
     if "optimisation" not in fit.children or "elbo" not in fit["optimisation"]:
         return Convergence(False, "Not known: this variational fit kept no path of its ELBO.", pd.DataFrame(), pd.DataFrame())
     elbo = np.asarray(fit["optimisation"]["elbo"].values, float).ravel()
+    if fit.attrs.get("method") == "advi": return _advi_convergence(elbo, n)
     last = elbo[-1] - elbo[-2] if len(elbo) > 1 else np.inf
     rise = elbo[-1] - elbo[0]
     fell = float(np.max(-np.diff(elbo), initial=0))
@@ -136,12 +137,22 @@ def _vb_convergence(fit):
     note = " One optimum was found; whether another start ends higher, only other starts can tell." if ok else ""
     return Convergence(bool(ok), ("Converged: " if ok else "Not converged: ") + why + note, table, pd.DataFrame())
 
+def _advi_convergence(elbo, n):
+    "Convergence of stochastic optimisation: the last tenth of the noisy ELBO against the tenth before it."
+    tenth = max(len(elbo) // 10, 1)
+    last, before = elbo[-tenth:], elbo[-2 * tenth:-tenth]
+    rise, noise = float(np.mean(last) - np.mean(before)), float(np.std(last) / np.sqrt(tenth) + 1e-12)
+    ok = bool(np.isfinite(elbo).all() and rise < max(4 * noise, 1e-3 * n))
+    table = pd.DataFrame(dict(value=[np.mean(last), rise, noise, len(elbo)]), index=["ELBO, mean of the last tenth [nats]", "above the tenth before", "standard error", "steps"])
+    why = f"the mean ELBO of the last {tenth} steps is {rise:.3g} nats above that of the {tenth} before."
+    return Convergence(ok, ("Converged: " if ok else "Not converged: ") + why + " ADVI forgets that parameters depend on each other, and finds one optimum: prefer 'vb' or 'gibbs'.", table, pd.DataFrame())
+
 def _soft_size(fit):
     "Number of spikes."
     role = roles(fit)
     return fit["observed_data"][role["observed"]].shape[0] if "observed_data" in fit.children and role["observed"] in fit["observed_data"] else fit["unit_probability"].sizes["spike"]
 
-# %% ../nbs/09_criticism.ipynb #48a6c3c2
+# %% ../nbs/09_criticism.ipynb #5be24c8c
 def convergence(
     fit:xr.DataTree, # fit by any method
     n_pairs:int=50, # uncertain pairs of spikes whose co-clustering is followed
@@ -152,9 +163,13 @@ def convergence(
 
     Vehtari, Gelman, Simpson, Carpenter and Bürkner, Bayesian Analysis 16 (2021). Read as converged: every R-hat at most 1.05, and at least 50
     effective draws of every quantity."""
-    if "unit_probability" in fit.children and fit.attrs.get("method") not in ("gibbs", "nuts"): return _vb_convergence(fit)
-    d = _draws(fit, 4000, model=model)
-    best = point_partition(d).values
+    return _convergence(fit, _draws(fit, 4000, model=model), None, n_pairs, seed)
+
+# %% ../nbs/09_criticism.ipynb #e1a9d1a3
+def _convergence(fit, d, best=None, n_pairs=50, seed=0):
+    "Convergence from draws that are at hand."
+    if fit.attrs.get("method") in ("vb", "advi"): return _vb_convergence(fit)
+    if best is None: best = point_partition(d).values
     values, pairs = _invariants(fit, d, best, seed, n_pairs)
     rows = {k: dict(zip(("mean", "sd", "rhat", "ess_bulk", "ess_tail"), (v.mean(), v.std(), *_rhat_ess(v)))) for k, v in values.items()}
     if pairs is not None:
@@ -164,7 +179,9 @@ def convergence(
     rows |= _parameters(fit)
     table = pd.DataFrame.from_dict(rows, orient="index")
     chains = pd.DataFrame({k: v.mean(1) for k, v in values.items()}).rename_axis("chain")
-    return Convergence(*_judge(table, label_free, values, len(chains)), table, chains)
+    ok, words = _judge(table, label_free, values, len(chains))
+    if "stopped" in fit.attrs: words += f" The run stopped early: {fit.attrs['stopped']}."
+    return Convergence(ok, words, table, chains)
 
 # %% ../nbs/09_criticism.ipynb #340af3cb
 def _stuck(values):
@@ -243,18 +260,17 @@ def _fingerprint(fit):
     x = np.ascontiguousarray(fit["observed_data"][role["observed"]].values)
     return hashlib.sha256(str(x.shape).encode() + x.tobytes()).hexdigest()[:12]
 
-# %% ../nbs/09_criticism.ipynb #876b3e82
+# %% ../nbs/09_criticism.ipynb #d36f4611
 def _rebuild(fit, model=None):
     "The fit's model: the one given, or the package's rebuilt from what the fit says."
     if model is not None: return model
-    from spike_ppl import inference
-    if hasattr(inference, "restore_model"): return inference.restore_model(fit)
     from spike_ppl.models import build, models
     name = fit.attrs.get("model")
     if name not in models:
         raise ValueError(f"the model {name!r} of this fit is not one of the package's ({', '.join(models)}) and cannot be rebuilt from the file: give it, model=...")
     x = fit["observed_data"][roles(fit)["observed"]]
-    return build(name, x, **json.loads(fit.attrs.get("model_args", "{}")))
+    priors = {k: np.asarray(v) if isinstance(v, list) else v for k, v in json.loads(fit.attrs.get("model_priors", "{}")).items()}
+    return build(name, x, **json.loads(fit.attrs.get("model_args", "{}")), **(dict(priors=priors) if priors else {}))
 
 class _Replicator:
     "New data from draws of the posterior, and expectations of the data given assignments, through the model's own graph."
@@ -292,7 +308,7 @@ class _Replicator:
             self._mean = compile([*self.inputs.values(), z], self._clone([mean(self.x)], {self.z: z})[0], on_unused_input="ignore")
         return np.asarray(self._mean(*self.values(chain, draw), labels.astype(self.z.dtype)))
 
-# %% ../nbs/09_criticism.ipynb #c1424db2
+# %% ../nbs/09_criticism.ipynb #3ee4decf
 def _positions(fit, draws):
     "Positions (chain, draw) of at most `draws` draws, spread evenly."
     post = fit["posterior"]
@@ -303,22 +319,15 @@ def _positions(fit, draws):
 def _labels_at(fit, chain, draw, seed, model=None):
     "Assignments (S, spike) at given draws of the parameters, as indices of units."
     from spike_ppl.partition import _recover, _sample, _soft
-    role, p = roles(fit), _soft(fit)
-    if p is not None: return _sample(np.ascontiguousarray(p.transpose("spike", ...).values, float), len(chain), seed)
-    if role["assignments"] in fit["posterior"]:
-        z = fit["posterior"][role["assignments"]].transpose("chain", "draw", ...)
+    name, p, post = roles(fit)["assignments"], _soft(fit), fit["posterior"].to_dataset()
+    if name in post:
+        z = post[name].transpose("chain", "draw", ...)
         return np.stack([np.asarray(z[c, d].values) for c, d in zip(chain, draw)])
-    post = fit["posterior"].to_dataset()
-    one = [_recover(_at(fit, post, c, d), model, 1, seed + i)[0][0] for i, (c, d) in enumerate(zip(chain, draw))]
+    if p is not None: return _sample(np.ascontiguousarray(p.transpose("spike", ...).values, float), len(chain), seed)
+    one = [_recover(_with_groups(fit, posterior=post.isel(chain=[c], draw=[d])), model, 1, seed + i)[0][0] for i, (c, d) in enumerate(zip(chain, draw))]
     return np.stack(one)
 
-def _at(fit, post, c, d):
-    "The fit with a single draw."
-    tree = xr.DataTree.from_dict({k: v.to_dataset() for k, v in fit.children.items() if k in ("observed_data", "constant_data")} | dict(posterior=post.isel(chain=[c], draw=[d])))
-    tree.attrs = dict(fit.attrs)
-    return tree
-
-# %% ../nbs/09_criticism.ipynb #e7b98f70
+# %% ../nbs/09_criticism.ipynb #bcd9710a
 def posterior_predictive(
     fit:xr.DataTree, # fit by any method
     draws:int=50, # replicates
@@ -335,14 +344,7 @@ def posterior_predictive(
     made = [make.draw(c, d, seed) for c, d in zip(chain, draw)]
     ds = xr.Dataset({name: (("chain", "draw", *x.dims), np.stack([m[0].reshape(x.shape) for m in made])[None]),
                      roles(fit)["assignments"]: (("chain", "draw", x.dims[0]), np.stack([m[1] for m in made])[None])}, coords=x.coords)
-    return _with_group(fit, "posterior_predictive", ds)
-
-# %% ../nbs/09_criticism.ipynb #89c978dc
-def _with_group(fit, group, ds):
-    "The fit with one more group."
-    tree = xr.DataTree.from_dict({k: v.to_dataset() for k, v in fit.children.items() if k != group} | {group: ds})
-    tree.attrs = dict(fit.attrs)
-    return tree
+    return _with_groups(fit, posterior_predictive=ds)
 
 # %% ../nbs/09_criticism.ipynb #ddc2aa49
 def _mean(x): return x.mean(0)
@@ -424,7 +426,7 @@ def _amplitudes(features):
 statistics = dict(mean=_mean, max=_max, min=_min, sd=_sd, amplitude="amplitude", covariance=_covariance, kurtosis=_kurtosis,
                   tails=_tails, nearest=_nearest, outliers=_outliers, bimodality=_bimodality)
 
-# %% ../nbs/09_criticism.ipynb #e5d76448
+# %% ../nbs/09_criticism.ipynb #1d045833
 def _statistic(given, x):
     "A statistic by name or as a function: (name, function of (x, labels), takes labels, dims and coords of its value)."
     if isinstance(given, str):
@@ -465,7 +467,7 @@ def _z(observed, replicated):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         m, s = np.nanmean(diff, 0), np.nanstd(diff, 0)
-    return np.where(ok, np.where(s > 0, m / np.where(s > 0, s, 1), np.where(np.abs(m) > 1e-12, np.sign(m) * np.inf, 0.)), np.nan)
+    return np.where(ok, np.where(s > 0, m / np.where(s > 0, s, 1), np.where(np.abs(m) > 1e-12, np.where(m > 0, np.inf, -np.inf), 0.)), np.nan)
 
 # %% ../nbs/09_criticism.ipynb #e5d34d03
 def _check_many(fit, chosen, draws, seed, per_unit, model, min_size):
@@ -587,36 +589,7 @@ def prior_check(
     return xr.Dataset(dict(observed=(("statistic", "feature"), observed), replicated=(("sample", "statistic", "feature"), replicated), p_value=(("statistic", "feature"), p)),
                       coords=dict(statistic=list(fns), feature=list(names)), attrs=dict(ok=int(not off), verdict=verdict))
 
-# %% ../nbs/09_criticism.ipynb #09877a56
-def _unit_log_density(fit, model=None):
-    "Function (chain, draw, x or None) -> log p(x_i, z_i = k | parameters) (spike, unit)."
-    from spike_ppl.conjugate import derive
-    d = derive(_rebuild(fit, model))
-    post = fit["posterior"].to_dataset()
-    free = [n for n in d.joint.free if n != d.assignments]
-    missing = [n for n in free if n not in post]
-    if missing: raise ValueError(f"the posterior lacks {missing}, which the model's likelihood needs; it has {list(post.data_vars)}.")
-    values = {n: post[n].transpose("chain", "draw", ...).values for n in free}
-    data = np.asarray(d.data, float)
-    centre = data.mean(0) if d.lowered else None
-    def at(chain, draw, x=None):
-        point = {n: np.asarray(v[chain, draw], dtype=d.joint.free[n].dtype) for n, v in values.items()}
-        if not d.lowered:
-            if x is not None: raise ValueError("only the fit's own spikes can be scored for this model: its density has no closed form per unit.")
-            return d.logits(point)
-        c, b, a = d.unit_quadratic(point)
-        y = (data if x is None else np.asarray(x, float)) - centre
-        if a.ndim == 2:
-            c = c + b @ centre - .5 * a @ centre**2
-            b = b - a * centre
-            return c + y @ b.T - .5 * (y**2) @ a.T
-        am = a @ centre
-        c = c + b @ centre - .5 * am @ centre
-        b = b - am
-        return c + y @ b.T - .5 * np.stack([((y @ m) * y).sum(1) for m in a], 1)
-    return at
-
-# %% ../nbs/09_criticism.ipynb #262ab4ae
+# %% ../nbs/09_criticism.ipynb #09b2b7be
 def log_likelihood(
     fit:xr.DataTree, # fit by any method
     draws:int=1000, # draws used, at most, spread evenly over each chain
@@ -624,16 +597,21 @@ def log_likelihood(
     max_bytes:float=8e8, # and never more memory than this: fewer draws are used for many spikes
 ) -> xr.DataTree: # the fit with the group log_likelihood: variable named as the observed one, (chain, draw, spike), nats
     "Adds the pointwise log likelihood, marginal over units, as ArviZ reads it."
+    from spike_ppl.inference import Spikes, _parameters, _quadratics
     post = fit["posterior"].to_dataset()
     c, d = post.sizes["chain"], post.sizes["draw"]
     x = fit["observed_data"][roles(fit)["observed"]]
     n = x.shape[0]
     keep = _even(d, max(min(draws, int(max_bytes / (8. * n))) // c, 2))
-    at = _unit_log_density(fit, model)
-    values = np.stack([[logsumexp(at(i, j), axis=1) for j in keep] for i in range(c)])
+    d_, points, weights = _parameters(_with_groups(fit, posterior=post.isel(draw=keep)), model, c * len(keep))
+    if d_.lowered:
+        spikes = Spikes(np.asarray(x.values, float))
+        values = [spikes.log_density(q) for q in _quadratics(d_, points, weights)]
+    else: values = [logsumexp(d_.logits(p), axis=-1) for p in points]
+    values = np.reshape(values, (c, len(keep), n))
     coords = dict(chain=post["chain"], draw=post["draw"].values[keep])
     if x.dims[0] in x.coords: coords[x.dims[0]] = x[x.dims[0]]
-    return _with_group(fit, "log_likelihood", xr.Dataset({x.name or roles(fit)["observed"]: (("chain", "draw", x.dims[0]), values)}, coords=coords))
+    return _with_groups(fit, log_likelihood=xr.Dataset({x.name or roles(fit)["observed"]: (("chain", "draw", x.dims[0]), values)}, coords=coords))
 
 # %% ../nbs/09_criticism.ipynb #efd6fd54
 def mean_squared_error(
@@ -665,7 +643,7 @@ def _relative_ess(values):
         e = np.array([float(az.ess(v[..., i])) for i in range(v.shape[-1])])
     return float(np.clip(np.nanmean(e) / (v.shape[0] * v.shape[1]), 1e-3, 1)) if np.isfinite(e).any() else 1.
 
-# %% ../nbs/09_criticism.ipynb #1786bff1
+# %% ../nbs/09_criticism.ipynb #c39936b9
 class ParetoWarning(UserWarning):
     "Some spikes are too influential for leave-one-out by importance sampling."
 
@@ -684,7 +662,9 @@ def loo(
     small = xr.DataTree.from_dict(dict(posterior=xr.Dataset(dict(lp=ll.sum(ll.dims[-1]))), log_likelihood=xr.Dataset({name: ll})))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        elpd = az.loo(small, pointwise=True, var_name=name, reff=_relative_ess(ll.values))
+        try: elpd = az.loo(small, pointwise=True, var_name=name, reff=_relative_ess(ll.values))
+        except ValueError as e:
+            raise ValueError(f"leave-one-out cannot be computed ({e}): the likelihood of a spike hardly varies between draws, as when a chain never moved. Look at convergence(fit).") from e
     bad = np.flatnonzero(elpd.pareto_k.values.ravel() > elpd.good_k)
     if len(bad):
         worst = bad[np.argsort(-elpd.pareto_k.values.ravel()[bad])][:5]
@@ -938,7 +918,7 @@ def _save(self,
     with open(path, "w", encoding="utf-8") as f: f.write(page)
 Verdict.save = _save
 
-# %% ../nbs/09_criticism.ipynb #76f9a6f8
+# %% ../nbs/09_criticism.ipynb #175e5727
 _meanings = dict(
     mean="the units' centres or weights do not reproduce the mean", sd="the spread of the features is not reproduced",
     max="the largest values are not reproduced: collisions, artefacts or heavy tails", min="the smallest values are not reproduced: collisions, artefacts or heavy tails",
@@ -981,7 +961,7 @@ def _judge_units(sure, checks, named_of):
         if g("merge_probability") >= .1: why.append(f"one with unit {int(sure.confusable_with[b])} with probability {g('merge_probability'):.2f}")
         if g("split_probability") >= .1: why.append(f"two units with probability {g('split_probability'):.2f}")
         looks = np.nan
-        if two is not None and named_of[b] in two["unit"].values:
+        if two is not None and "unit_z" in two and named_of[b] in two["unit"].values:
             looks = float(two["unit_z"].sel(unit=named_of[b]))
             if looks > 4 and float(two["unit_p_value"].sel(unit=named_of[b])) < .02: why.append(f"its spikes look like two groups ({looks:.0f} sd beyond the model)")
         rows.append(dict(spikes=int(sure["size"][b]), existence=round(g("existence"), 2), false_positive=round(g("false_positive"), 3), false_negative=round(g("false_negative"), 3),
@@ -1007,7 +987,7 @@ def _units_named(fit, sure, model):
         table[b] = np.bincount(part[part >= 0].ravel(), minlength=k)
     return table.argmax(1) if len(table) else np.zeros(0, int)
 
-# %% ../nbs/09_criticism.ipynb #fb197813
+# %% ../nbs/09_criticism.ipynb #db22688e
 def verdict(
     fit:xr.DataTree, # fit by any method
     waveforms:xr.DataArray|None=None, # (spike, time, channel) of the fit's spikes, for residuals
@@ -1018,8 +998,10 @@ def verdict(
     model=None, # the `pm.Model`, when it is not one of the package's
 ) -> Verdict: # text, HTML (in a notebook), .save(path)
     "One page in plain words: did it converge, how many units, which to trust, merge or split, which spikes to leave out, what stays unexplained."
+    fit = relabel(fit, seed=seed, model=model)
     d = _draws(fit, 2000, seed, model)
-    conv, sure, pmf = convergence(fit, model=model), certainty(d, seed=seed), n_units(d)
+    best = point_partition(d, seed=seed).values
+    conv, sure, pmf = _convergence(fit, d, best), certainty(d, best), n_units(d)
     checks = _check_many(fit, list(statistics), draws, seed, True, model, 20) if draws else {}
     units = _judge_units(sure, checks, _units_named(fit, sure, model) if checks else [])
     leave = np.flatnonzero((sure.probability.values < .8) | (sure.unit.values < 0))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['StoreError', 'Store']
 
-# %% ../nbs/11_experiments.ipynb #097cbc38
-import datetime, json, os, re, socket, subprocess, warnings
+# %% ../nbs/11_experiments.ipynb #895957ef
+import datetime, functools, json, os, re, socket, subprocess, warnings
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,8 @@ def _read(path):
         for v in node.variables: node[v].encoding = {}
     return out
 
-# %% ../nbs/11_experiments.ipynb #0b91e319
+# %% ../nbs/11_experiments.ipynb #1ef8e05d
+@functools.cache
 def _git():
     "Commit of the package's working copy, with + when it has changes; empty where there is none."
     here = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()

@@ -68,14 +68,14 @@ def _sample(probability, size, seed):
     for s in range(size): _categorical(probability, rng.random(n), out[s])
     return out
 
-# %% ../nbs/07_partition.ipynb #bdb31ee6
+# %% ../nbs/07_partition.ipynb #7a7413c9
 def _spike_coords(da):
     "Coordinates that live on the spike dimension alone."
     return {k: ("spike", v.values) for k, v in da.coords.items() if v.dims == ("spike",)}
 
 def _soft(fit):
-    "Unit probabilities of a vb fit, or None."
-    if "unit_probability" not in fit.children: return None
+    "Unit probabilities of a vb fit, or None. (Counts kept by a sampler mix the names of different draws.)"
+    if "unit_probability" not in fit.children or fit.attrs.get("method") in ("gibbs", "nuts"): return None
     ds = fit["unit_probability"].to_dataset()
     return ds["unit_probability"] if "unit_probability" in ds else ds[list(ds.data_vars)[0]]
 
@@ -112,19 +112,28 @@ def _canonical_any(x):
     return out
 
 def _recover(fit, model, size, seed):
-    "Assignments drawn again given draws of the parameters."
-    from spike_ppl.inference import predict
+    "Assignments drawn again given draws of the parameters: labels (size, spike), position of each draw in its chain."
+    from spike_ppl.inference import Spikes, _parameters, _quadratics
     posterior = fit["posterior"].to_dataset()
     c, d = posterior.sizes["chain"], posterior.sizes["draw"]
     keep, rng = _even(c * d, size), np.random.default_rng(seed)
-    out, chain, draw = [], keep // d, keep % d
-    for i, j in zip(chain, draw):
-        one = xr.DataTree.from_dict({name: node.to_dataset() for name, node in fit.children.items() if name not in ("posterior", "log_likelihood", "sample_stats")})
-        one.attrs.update(fit.attrs)
-        one["posterior"] = xr.DataTree(posterior.isel(chain=[i], draw=[j]))
-        p = predict(one, one["observed_data"][roles(fit)["observed"]], model=model).transpose("spike", "unit").values
-        out.append(_sample(np.ascontiguousarray(p), 1, rng)[0])
-    return np.array(out), chain, draw
+    derived, points, weights = _parameters(fit, model, size)
+    if not derived.lowered:
+        labels = [_sample(np.exp(l - l.max(1, keepdims=True)), 1, rng)[0] for l in map(derived.logits, points)]
+    else:
+        x = fit["observed_data"][roles(fit)["observed"]]
+        spikes = Spikes(np.asarray(x.values, float))
+        labels = [_small(spikes.hard(q, rng.integers(2**64, dtype=np.uint64)).spikes) for q in _quadratics(derived, points, weights)]
+    return np.array(labels), keep // d, keep % d
+
+def _kept(fit):
+    "Assignments (chain, draw, spike) that the fit holds, in the posterior or thinned in a group of their own, or None."
+    name = roles(fit)["assignments"]
+    for group in ("posterior", "assignments"):
+        if group in fit.children and name in fit[group]:
+            z = fit[group][name].transpose("chain", "draw", ...)
+            if z.ndim != 3: raise ValueError(f"assignments {name!r} have dims {z.dims}, expected (chain, draw, spike).")
+            return z.rename({z.dims[2]: "spike"}) if z.dims[2] != "spike" else z
 
 def _draws(fit, max_draws=None, seed=0, model=None, cells=4e8):
     "Partitions of any posterior; at most `max_draws`, and never more than `cells` labels in memory."
@@ -139,20 +148,15 @@ def _draws(fit, max_draws=None, seed=0, model=None, cells=4e8):
         labels = _without(_sample(values, size, seed), outlier)
         soft = values if outlier is None else np.delete(values, outlier, axis=1)
         return _Draws(labels, np.zeros(size, int), np.arange(size), soft, None if outlier is None else values[:, outlier], coords)
-    posterior = fit["posterior"].to_dataset()
-    name = role["assignments"]
-    if name in posterior:
-        z = posterior[name].transpose("chain", "draw", ...)
-        if z.ndim != 3: raise ValueError(f"assignments {name!r} have dims {z.dims}, expected (chain, draw, spike).")
-        z = z.rename({z.dims[2]: "spike"})
+    z = _kept(fit)
+    if z is not None:
         c, d, n = z.shape
         keep = _even(c * d, min(max_draws or c * d, max(int(cells / n), 10)))
         chain, draw = keep // d, keep % d
         rows = [np.asarray(z.isel(chain=i, draw=draw[chain == i]).values) for i in np.unique(chain)]
         labels = _without(_small(np.concatenate(rows)), outlier)
-        chain_names, draw_names = z["chain"].values, z["draw"].values
-        return _Draws(labels, chain_names[chain], draw_names[draw], None, None, _spike_coords(z))
-    if role["weights"] is None and name is None: raise ValueError("this fit has no assignments: its model is no mixture.")
+        return _Draws(labels, z["chain"].values[chain], z["draw"].values[draw], None, None, _spike_coords(z))
+    if role["assignments"] is None: raise ValueError("this fit has no assignments: its model is no mixture.")
     labels, chain, draw = _recover(fit, model, min(max_draws or 200, 200), seed)
     coords = _spike_coords(fit["observed_data"][role["observed"]])
     return _Draws(_without(labels, outlier), chain, draw, None, None, coords)
@@ -655,7 +659,7 @@ def _resticks(old, new, weights):
                 new = new.assign({name: (v.dims, sticks, v.attrs)})
     return new
 
-# %% ../nbs/07_partition.ipynb #24016993
+# %% ../nbs/07_partition.ipynb #77c6847a
 def relabel(
     fit:xr.DataTree, # fit by any method
     seed:int=0, # of the search for the pivot
@@ -665,32 +669,30 @@ def relabel(
     """The fit with label switching undone and units ordered by size.
 
     Stephens, J. R. Stat. Soc. B 62 (2000); Papastamoulis and Iliopoulos, J. Comput. Graph. Stat. 19 (2010). Sticks, where the
-    model has them, are recomputed from the reordered weights; other groups are passed on as they are."""
+    model has them, are recomputed from the reordered weights; other groups are passed on as they are. Where a fit kept the
+    assignments of some draws only, these draws make the result; where it kept none, they are drawn again for at most 200 draws."""
     role = roles(fit)
+    if fit.attrs.get("relabelled") and "unit_size" in fit["sample_stats"]: return fit
     name, weights, outlier = role["assignments"], role["weights"], role["outlier_unit"]
     posterior = fit["posterior"].to_dataset()
     if weights is None or weights not in posterior:
         raise ValueError(f"relabel needs draws of the weights; this fit's posterior holds {list(posterior.data_vars)} and its roles are {role}.")
     unit_dim, k = posterior[weights].dims[-1], posterior[weights].shape[-1]
-    c, d = posterior.sizes["chain"], posterior.sizes["draw"]
     inliers = np.arange(k) if outlier is None else np.delete(np.arange(k), outlier)
     soft = _soft(fit)
+    if soft is None and name not in posterior: fit = _with_assignments(fit, model, seed); posterior = fit["posterior"].to_dataset()
+    c, d = posterior.sizes["chain"], posterior.sizes["draw"]
     if soft is not None:
         size = soft.transpose("spike", ...).values.sum(0)
         order = np.concatenate([inliers[np.argsort(-size[inliers], kind="stable")], [] if outlier is None else [outlier]]).astype(int)
         orders, sizes = np.broadcast_to(order, (c, d, k)), np.broadcast_to(size[order], (c, d, k))
     else:
         small = {int(u): j for j, u in enumerate(inliers)}
-        lookup = np.array([small.get(u, -1) for u in range(k)] + [-1])
-        if name in posterior:
-            z = posterior[name].transpose("chain", "draw", ...)
-            step = max(int(cells / z.shape[2]), 1)
-            blocks = lambda: (lookup[z[i, j:j + step].values] for i in range(c) for j in range(0, d, step))
-            whole = _draws(fit, 300, seed)
-        else:
-            drawn = _draws(fit, c * d, seed, model) if c * d <= 200 else _Draws(*_recover(fit, model, c * d, seed), None, None, {})
-            labels = lookup[np.where(drawn.labels < 0, k, drawn.labels)]
-            blocks, whole = (lambda: iter([labels])), drawn
+        lookup = np.array([small.get(u, -1) for u in range(k)])
+        z = posterior[name].transpose("chain", "draw", ...)
+        step = max(int(cells / z.shape[2]), 1)
+        blocks = lambda: (lookup[z[i, j:j + step].values] for i in range(c) for j in range(0, d, step))
+        whole = _draws(fit, 300, seed)
         pivot = _point(whole, "vi", seed, 2)[0]
         match, counts = _match_draws(blocks, pivot, len(inliers))
         column = np.argsort(-counts.sum(0), kind="stable")
@@ -707,6 +709,30 @@ def relabel(
         if outlier is not None: full[:, -1] = sizes[:, -1]
         sizes = full.reshape(c, d, k)
     return _apply(fit, orders, sizes, role, unit_dim, k, soft is not None)
+
+# %% ../nbs/07_partition.ipynb #30f0a966
+def _with_assignments(fit, model, seed, most=200):
+    "The fit with the draws that have assignments alone: those kept thinned, or at most `most` for which they are drawn again."
+    role, posterior = roles(fit), fit["posterior"].to_dataset()
+    z = _kept(fit)
+    stats = fit["sample_stats"].to_dataset() if "sample_stats" in fit.children else xr.Dataset()
+    if z is not None:
+        at = np.flatnonzero(np.isin(posterior["draw"].values, z["draw"].values))
+        z = z.sel(draw=posterior["draw"].values[at])
+        labels, names = z.values, [z.dims[2]]
+    else:
+        c, d = posterior.sizes["chain"], posterior.sizes["draw"]
+        at = _even(d, max(most // c, 1))
+        sub = _with_groups(fit, posterior=posterior.isel(draw=at))
+        labels, names = _recover(sub, model, c * len(at), seed)[0].reshape(c, len(at), -1), [fit["observed_data"][role["observed"]].dims[0]]
+    posterior = posterior.isel(draw=at).assign({role["assignments"]: (("chain", "draw", *names), labels)})
+    return _with_groups(fit, posterior=posterior, sample_stats=stats.isel(draw=at) if "draw" in stats.dims else stats)
+
+def _with_groups(fit, **groups):
+    "The fit with some of its groups replaced."
+    tree = xr.DataTree.from_dict({k: v.to_dataset() for k, v in fit.children.items() if k not in groups} | groups)
+    tree.attrs = dict(fit.attrs)
+    return tree
 
 # %% ../nbs/07_partition.ipynb #fe23ea9c
 def _apply(fit, orders, sizes, role, unit_dim, k, fixed):

@@ -207,6 +207,7 @@ def test_sidebar_lists_every_page_once(root, notebooks):
                 yield item
             else:
                 yield from [item["href"]] if "href" in item else []
+                yield from sorted(p.relative_to(root / "nbs").as_posix() for p in (root / "nbs").glob(item["auto"])) if "auto" in item else []
                 yield from walk(item.get("contents", []))
     listed = [p for p in walk(yaml.safe_load((root / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]) if p.endswith(".ipynb")]
     assert len(set(listed)) == len(listed)

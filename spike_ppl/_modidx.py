@@ -1087,7 +1087,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spike_ppl.sort._match_piece': ('sort.html#_match_piece', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._matching': ('sort.html#_matching', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._model': ('sort.html#_model', 'spike_ppl/sort.py'),
-                                'spike_ppl.sort._near_labels': ('sort.html#_near_labels', 'spike_ppl/sort.py'),
+                                'spike_ppl.sort._nearest': ('sort.html#_nearest', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._none': ('sort.html#_none', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._not_sums': ('sort.html#_not_sums', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._parser': ('sort.html#_parser', 'spike_ppl/sort.py'),

@@ -262,7 +262,7 @@ def run_jobs(
         bar.close()
         if own_folder: shutil.rmtree(own_folder, ignore_errors=True)
 
-# %% ../nbs/12_scale.ipynb #8dbd6587
+# %% ../nbs/12_scale.ipynb #61e42d98
 def _claim(folder, key, n):
     "Make the folder, or see that it belongs to this run."
     folder.mkdir(parents=True, exist_ok=True)
@@ -291,25 +291,21 @@ def _one(job, task, path, write):
     return result
 
 def _locally(where, n_workers, job, tasks, paths, left, write, done):
-    "On Dask's schedulers of this machine."
-    import dask
+    "In this process, or on one of Dask's schedulers of this machine."
+    from threadpoolctl import threadpool_limits
+    left = list(left)
+    for _ in range(len(left) if where == "serial" else 1 if where == "threads" else 0):   # of threads, one job first: what it compiles, all use
+        i = left.pop(0); done(i, _one(job, tasks[i], paths[i], write))
+    if not left: return
     from dask.callbacks import Callback
+    import dask.multiprocessing, dask.threaded
     names = {f"job-{i}": i for i in left}
     class Tell(Callback):
         def _posttask(self, key, result, dsk, state, worker_id):
             if key in names: done(names[key], result)
-    graph = {k: (_one, _Call(job), _Call(tasks[i]), paths[i], _Call(write)) for k, i in names.items()}
-    n_workers = n_workers or os.cpu_count()
-    if where == "threads":   # one job first: what it compiles, all use
-        first = next(iter(graph))
-        with Tell(): dask.get({first: graph.pop(first)}, [first])
-    if not graph: return
-    if where == "serial": get, how = dask.get, {}
-    elif where == "threads":
-        import dask.threaded; get, how = dask.threaded.get, dict(num_workers=n_workers)
-    else:
-        import dask.multiprocessing; get, how = dask.multiprocessing.get, dict(num_workers=n_workers, chunksize=1)
-    with Tell(): get({k: (_run, *v[1:]) for k, v in graph.items()}, list(graph), **how)
+    graph = {k: (_run, _Call(job), _Call(tasks[i]), paths[i], _Call(write)) for k, i in names.items()}
+    get, how = (dask.threaded.get, {}) if where == "threads" else (dask.multiprocessing.get, dict(chunksize=1))
+    with Tell(), threadpool_limits(1): get(graph, list(graph), num_workers=n_workers or os.cpu_count(), **how)   # around them all: threads that end would restore the limit for the others
 
 class _Call:
     "Hides a value from Dask, which would take a tuple or a function for a task."
@@ -481,14 +477,17 @@ def sort_in_parts(
         job = PartJob(travels, sort, seed, **options)
         return merge(run_jobs(job, parts, where, n_workers, folder, job_key(recording, sort, seed, radius, size, options), retries, progressbar=progressbar), recording)
 
-# %% ../nbs/12_scale.ipynb #e031ba2e
+# %% ../nbs/12_scale.ipynb #a3b6cc25
 def portable(
     recording, # SpikeInterface recording
     folder, # where to write it, if that is needed
 ):
     "The recording, or a copy on disk of one that other processes cannot read."
     if recording.check_serializability("pickle"): return recording
-    return recording.save(folder=folder, format="binary", verbose=False, progress_bar=False)
+    import warnings
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The extractor is not serializable")   # that is why it is saved
+        return recording.save(folder=folder, format="binary", verbose=False, progress_bar=False)
 
 def job_key(recording, sort, seed, radius, size, options):
     "What the results of the neighbourhoods depend on, as text."

@@ -65,7 +65,7 @@ class Convergence:
     def __repr__(self): return f"{self.verdict}\n\n{self.table.round(3).to_string()}"
     def _repr_html_(self): return f"<p>{html.escape(self.verdict)}</p>" + self.table.round(3).to_html() + (self.chains.round(2).to_html() if len(self.chains) > 1 else "")
 
-# %% ../nbs/09_criticism.ipynb #327d5a76
+# %% ../nbs/09_criticism.ipynb #2e7b5c63
 def _lp(fit):
     "Log joint per draw (chain, draw), or None."
     if "sample_stats" not in fit.children: return None
@@ -113,7 +113,7 @@ def _parameters(fit):
         values = values[..., _even(values.shape[-1], 200)]
         if not values.shape[-1]: continue
         r = np.array([_rhat_ess(values[..., k]) for k in range(values.shape[-1])])
-        rows[f"{name} (relabelled, worst of {values.shape[-1]})"] = dict(mean=np.nan, sd=np.nan, rhat=np.nanmax(r[:, 0]), ess_bulk=np.nanmin(r[:, 1]), ess_tail=np.nanmin(r[:, 2]))
+        rows[f"{name} (relabelled, worst of {values.shape[-1]})"] = dict(mean=np.nan, sd=np.nan, rhat=_nearly(r[:, 0], 1), ess_bulk=_nearly(r[:, 1], 0), ess_tail=_nearly(r[:, 2], 0))
     return rows
 
 # %% ../nbs/09_criticism.ipynb #38e1880e

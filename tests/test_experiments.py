@@ -263,3 +263,71 @@ def test_of_two_that_want_one_name_one_gets_it(tmp_path):
     store = Store(tmp_path)
     for s, w in zip((1, 2), won):
         for i in w: same(store.load(f"x{i}"), small_fit(s, n=100))
+
+
+# ---------------------------------------------------------------- the same answers in another process
+
+ANSWERS = """
+def answers(fit, truth):
+    "Numbers of every function of partition and criticism, of predict, and of what plots draw, as one dictionary of fingerprints."
+    import hashlib, warnings
+    import numpy as np
+    from matplotlib.figure import Figure
+    from spike_ppl import criticism as C, partition as P, plots
+    from spike_ppl.inference import log_density, predict
+    warnings.simplefilter("ignore")
+    x = fit["observed_data"]["features"]
+    def digest(v):
+        if hasattr(v, "data_vars"): v = [v[k].values for k in sorted(v.data_vars)]
+        elif hasattr(v, "values") and not isinstance(v, dict): v = [v.values]
+        elif not isinstance(v, list): v = [np.asarray(v)]
+        return hashlib.sha256(b"".join(str(a.tolist()).encode() if a.dtype.kind in "OUS" else np.ascontiguousarray(a).tobytes() for a in map(np.asarray, v))).hexdigest()[:12]
+    def drawn(plot, *args):
+        ax = Figure().add_subplot(); plot(*args, ax=ax)
+        return [np.asarray(line.get_xydata()) for line in ax.lines] + [np.asarray(p.get_bbox().extents) for p in ax.patches if hasattr(p, "get_bbox")]
+    named = P.relabel(fit)
+    out = dict(n_units=P.n_units(fit), pairs=P.coclustering(fit, 50), point=P.point_partition(fit), binder=P.point_partition(fit, "binder"), ball=P.credible_partitions(fit),
+               certainty=P.certainty(fit), relabel=named["posterior"].to_dataset(), sizes=named["sample_stats"]["unit_size"], loss=P.expected_loss(fit, truth),
+               ppc=C.ppc(fit, "kurtosis", draws=10), likelihood=C.log_likelihood(fit)["log_likelihood"]["features"], mse=C.mean_squared_error(fit), loo=C.loo(fit).elpd_i,
+               calibration=C.calibration(fit, truth), recovery=C.recovery(fit, truth), convergence=C.convergence(fit).table, predict=predict(fit, x), density=log_density(fit, x),
+               plot_units=drawn(plots.n_units, fit), plot_parameters=drawn(plots.parameters, named), plot_sizes=drawn(plots.n_units, P.n_units(fit)))
+    out = {k: digest(v) for k, v in out.items()}
+    page = C.verdict(fit, draws=10, truth=truth)
+    return out | dict(verdict=page.text, figures=list(page.figures))
+"""
+exec(ANSWERS)
+
+
+@pytest.mark.parametrize("method", ["gibbs", "vb"])
+def test_every_function_answers_the_same_in_another_process(tmp_path, method):
+    from spike_ppl.inference import fit as run
+    from spike_ppl.models import dpmm, toy
+    x, truth = toy(n=150, n_units=3, n_features=2, seed=5)
+    how = dict(draws=80, tune=60, chains=2) if method == "gibbs" else dict(draws=60)
+    made = run(dpmm(x, 4, priors=dict(concentration_rate=2.)), method=method, seed=3, progressbar=False, **how)
+    store = Store(tmp_path)
+    name = store.save(made, criticise=False)
+    np.save(tmp_path / "truth.npy", truth)
+    p = python(ANSWERS + textwrap.dedent("""
+    import json, numpy as np
+    from spike_ppl.experiments import Store
+    print(json.dumps(answers(Store(sys.argv[1]).load(sys.argv[2]), np.load(sys.argv[1] + "/truth.npy"))))
+    """), tmp_path, name)
+    here = answers(made, truth)  # noqa: F821 (made by exec above)
+    out, err = p.communicate(timeout=400)
+    assert p.returncode == 0, err
+    there = json.loads(out.strip().splitlines()[-1])
+    assert {k for k in here if here[k] != there[k]} == set()
+
+
+def test_models_fitted_in_one_process_do_not_disturb_each_other():
+    from spike_ppl.inference import fit as run
+    from spike_ppl.models import dpmm, gmm, toy
+    x, _ = toy(n=120, n_units=2, n_features=2, seed=1)
+    y, _ = toy(n=90, n_units=3, n_features=2, seed=2)
+    how = dict(method="gibbs", draws=30, tune=20, chains=1, seed=0, progressbar=False)
+    alone = run(gmm(x, 2), **how)
+    a = gmm(x, 2); b = dpmm(y, 5); c = gmm(y, 2)
+    run(b, **how); run(c, **how); run(b, method="vb", draws=10, seed=0, progressbar=False)
+    again = run(a, **how)
+    xr.testing.assert_identical(alone["posterior"].to_dataset(), again["posterior"].to_dataset())

@@ -686,6 +686,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.inference._centre': ('inference.html#_centre', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._clock': ('inference.html#_clock', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._coords': ('inference.html#_coords', 'spike_ppl/inference.py'),
+                                     'spike_ppl.inference._data_partition': ('inference.html#_data_partition', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._data_term': ('inference.html#_data_term', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._dataset': ('inference.html#_dataset', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._derived': ('inference.html#_derived', 'spike_ppl/inference.py'),

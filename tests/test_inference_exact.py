@@ -1,0 +1,217 @@
+"""Samplers against what they must sample from: enumeration, Geweke's joint-distribution test, simulation-based calibration, NUTS."""
+import itertools
+import numpy as np, pytest
+import pymc as pm, pytensor.tensor as pt
+from scipy.special import gammaln
+from scipy.stats import beta, gamma, invgamma, kstest, norm
+from spike_ppl import inference
+from spike_ppl.conjugate import derive
+from spike_ppl.inference import Spikes, Sweep, fit, gibbs_step
+
+quiet = dict(progressbar=False)
+alpha, m0, v0, a0, b0 = .7, 0., 1.5, 3., .6
+
+
+def mixture(x, K=3):
+    x = np.asarray(x, float).reshape(len(x), -1)
+    with pm.Model() as m:
+        w = pm.Dirichlet("w", np.full(K, alpha))
+        mu = pm.Normal("mu", m0, np.sqrt(v0), shape=(K, x.shape[1]))
+        var = pm.InverseGamma("var", a0, b0, shape=(K, x.shape[1]))
+        z = pm.Categorical("z", w, shape=len(x))
+        pm.Normal("x", mu[z], pt.sqrt(var)[z], observed=x)
+    return m
+
+def sticks(x, K=4):
+    x = np.asarray(x, float).reshape(len(x), -1)
+    with pm.Model() as m:
+        c = pm.Gamma("c", 3., 2.)
+        v = pm.Beta("v", 1., c, shape=K - 1)
+        w = pm.Deterministic("w", pt.concatenate([v, pt.ones(1)])*pt.concatenate([pt.ones(1), pt.cumprod(1 - v)]))
+        mu = pm.Normal("mu", m0, np.sqrt(v0), shape=(K, x.shape[1]))
+        var = pm.InverseGamma("var", a0, b0, shape=(K, x.shape[1]))
+        z = pm.Categorical("z", w, shape=len(x))
+        pm.Normal("x", mu[z], pt.sqrt(var)[z], observed=x)
+    return m
+
+
+def partition(z):
+    names = {}
+    return tuple(names.setdefault(k, len(names)) for k in z)
+
+def exact_partitions(x, K):
+    "Posterior probability of every partition of a few points: means analytically, variances by quadrature, weights analytically."
+    n, memory, out = len(x), {}, {}
+    v = invgamma.ppf((np.arange(4000) + .5)/4000, a0, scale=b0)
+    def block(S):
+        if S not in memory:
+            y = x[list(S)]
+            precision, linear = 1/v0 + len(y)/v, m0/v0 + y.sum()/v
+            memory[S] = np.log(np.mean(np.exp(-.5*len(y)*np.log(2*np.pi*v) - .5*(y**2).sum()/v - .5*np.log(v0*precision) + .5*linear**2/precision - .5*m0**2/v0)))
+        return memory[S]
+    for z in itertools.product(range(K), repeat=n):
+        c = np.bincount(z, minlength=K)
+        l = (gammaln(alpha + c) - gammaln(alpha)).sum() + sum(block(tuple(np.flatnonzero(np.equal(z, k)))) for k in set(z))
+        out[partition(z)] = np.logaddexp(out.get(partition(z), -np.inf), l)
+    p = np.exp(np.array(list(out.values())) - np.logaddexp.reduce(list(out.values())))
+    return dict(zip(out, p))
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", [False, True])
+def test_six_points_three_units_by_enumeration(moves):
+    x = np.array([-1.2, -.8, .1, .3, 1.4, 2.])
+    exact = exact_partitions(x, 3)
+    assert abs(sum(exact.values()) - 1) < 1e-12 and len(exact) == 122     # partitions of 6 into at most 3
+    f = fit(mixture(x), "gibbs", draws=6000, tune=100, chains=4, seed=2, moves=moves, **quiet)
+    z = f["posterior"].z.values
+    top = sorted(exact, key=exact.get, reverse=True)[:25]
+    index = {p: i for i, p in enumerate(exact)}
+    blocks = np.array([np.bincount([index[partition(row)] for row in part], minlength=len(exact))/len(part)
+                       for chain in z for part in np.array_split(chain, 8)])
+    mean, error = blocks.mean(0), blocks.std(0, ddof=1)/np.sqrt(len(blocks))
+    score = np.array([(mean[index[p]] - exact[p])/max(error[index[p]], 2e-4) for p in top])
+    assert (np.abs(score) < 4.5).all() and np.mean(score**2) < 2.2, score
+    assert .5*np.abs(mean - np.array(list(exact.values()))).sum() < .04
+
+
+def geweke(build, prior, n, sweeps, moves, seed):
+    "Alternate data given parameters and a sweep given data; the parameters must keep their prior."
+    rng = np.random.default_rng(seed)
+    d = inference._fast(derive(build(rng.normal(size=(n, 1)))))
+    w, x = None, rng.normal(size=(n, 1))
+    point = prior(rng)
+    z = point.pop("z")
+    jump = inference._SplitMerge(d, Spikes(x), scans=2)
+    assert jump.reason is None
+    full, out = False, []
+    for t in range(sweeps):
+        x = point["mu"][z] + np.sqrt(point["var"][z])*rng.normal(size=(n, 1))
+        s = inference._hard_statistics(x, z, d.n_units, full)
+        state, jump.x = Sweep({**point, "z": z}, s, np.nan), x
+        if moves: state = jump(state, rng)
+        state = gibbs_step(d, Spikes(x), state, rng)
+        if moves: state = jump(state, rng)
+        point = {k: v for k, v in state.point.items() if k != "z"}
+        z = state.point["z"]
+        out.append(summary(point, z, d))
+    return np.array(out), jump
+
+def summary(point, z, d):
+    K = len(point["mu"])
+    w = point["w"] if "w" in point else weights_of(point["v"])
+    c = np.bincount(z, minlength=K)
+    out = [np.log(point["var"]).mean(), (np.log(point["var"])**2).mean(), point["mu"].mean(), (point["mu"]**2).mean(), (w**2).sum(), w[0], (c > 0).sum(),
+           (c/len(z))@(c/len(z)), point["mu"][z].mean(), (point["mu"][z]**2).mean()]
+    return out + ([point["c"], np.log(point["c"])] if "c" in point else [])
+
+def weights_of(v): return np.r_[v, 1]*np.r_[1, np.cumprod(1 - v)]
+
+def prior_mixture(K, n):
+    def draw(rng):
+        w = rng.dirichlet(np.full(K, alpha))
+        return dict(w=w, mu=m0 + np.sqrt(v0)*rng.normal(size=(K, 1)), var=b0/rng.gamma(a0, size=(K, 1)), z=rng.choice(K, n, p=w))
+    return draw
+
+def prior_sticks(K, n):
+    def draw(rng):
+        c = rng.gamma(3.)/2
+        v = rng.beta(1, c, K - 1)
+        return dict(c=np.asarray(c), v=np.clip(v, 1e-12, 1 - 1e-12), mu=m0 + np.sqrt(v0)*rng.normal(size=(K, 1)), var=b0/rng.gamma(a0, size=(K, 1)), z=rng.choice(K, n, p=weights_of(v)))
+    return draw
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("build, prior, K", [(mixture, prior_mixture, 3), (sticks, prior_sticks, 4)], ids=["gmm", "dpmm"])
+def test_geweke(build, prior, K, moves):
+    n = 8
+    chain, jump = geweke(lambda x: build(x, K), prior(K, n), n, 8000, moves, 11)
+    rng, d = np.random.default_rng(5), None
+    free = []
+    for _ in range(8000):
+        p = prior(K, n)(rng)
+        z = p.pop("z")
+        free.append(summary(p, z, d))
+    free = np.array(free)
+    blocks = np.array([b.mean(0) for b in np.array_split(chain, 40)])
+    error = np.sqrt(blocks.var(0, ddof=1)/40 + free.var(0)/len(free))
+    score = (chain.mean(0) - free.mean(0))/error
+    assert (np.abs(score) < 4.).all() and np.mean(score**2) < 3, score
+    if moves: assert (jump.accepted > 50).all(), (jump.accepted, jump.tried)
+
+
+@pytest.mark.slow
+def test_simulation_based_calibration_of_gibbs():
+    K, n, ranks = 2, 30, []
+    rng = np.random.default_rng(0)
+    for r in range(80):
+        p = prior_mixture(K, n)(rng)
+        x = p["mu"][p["z"]] + np.sqrt(p["var"][p["z"]])*rng.normal(size=(n, 1))
+        f = fit(mixture(x, K), "gibbs", draws=396, tune=100, chains=1, seed=r, **quiet)["posterior"]
+        def invariant(w, mu, var): return [np.max(w, -1), np.sum(w*mu[..., 0], -1), np.sum(w*var[..., 0], -1), np.max(mu[..., 0], -1)]
+        truth = invariant(p["w"], p["mu"], p["var"])
+        draws = invariant(*(f[k].values[0, ::4] for k in ("w", "mu", "var")))
+        ranks.append([(d < t).sum() for d, t in zip(draws, truth)])
+    ranks = (np.array(ranks) + np.random.default_rng(1).random(np.shape(ranks)))/100
+    for j in range(ranks.shape[1]): assert kstest(ranks[:, j], "uniform").pvalue > .002, j
+
+
+@pytest.mark.slow
+def test_gibbs_and_nuts_agree_on_what_labels_do_not_change():
+    rng = np.random.default_rng(3)
+    x = np.r_[rng.normal(-1.5, .6, 25), rng.normal(1.5, .9, 35)]
+    m = mixture(x, 2)
+    g = fit(m, "gibbs", draws=3000, tune=200, chains=2, seed=1, **quiet)
+    h = fit(m, "nuts", draws=800, tune=500, chains=2, seed=1, **quiet)
+    def quantities(f):
+        p = f["posterior"]
+        z = p.z.values
+        same = (z[..., 0] == z[..., -1]).astype(float)
+        w, mu, var = p.w.values, p.mu.values[..., 0], p["var"].values[..., 0]
+        return np.stack([np.max(w, -1), (w*mu).sum(-1), (w*(var + mu**2)).sum(-1), np.max(mu, -1), np.log(var).sum(-1), f["sample_stats"].lp.values, same], -1)
+    a, b = quantities(g), quantities(h)
+    def mean_error(v):
+        blocks = np.array([c.mean(0) for chain in v for c in np.array_split(chain, 10)])
+        return blocks.mean(0), blocks.std(0, ddof=1)/np.sqrt(len(blocks))
+    (ma, ea), (mb, eb) = mean_error(a), mean_error(b)
+    score = (ma - mb)/np.sqrt(ea**2 + eb**2)
+    assert (np.abs(score) < 4.5).all(), score
+
+
+@pytest.mark.slow
+def test_nuts_is_calibrated_where_the_posterior_is_known():
+    "One unit: the marginal model is a plain Normal; NUTS on it must give the conjugate answer."
+    x = np.random.default_rng(0).normal(1., 1., (40, 1))
+    with pm.Model() as m:
+        w = pm.Dirichlet("w", np.ones(2))
+        mu = pm.Normal("mu", 0., 2.)
+        z = pm.Categorical("z", w, shape=40)
+        pm.Normal("x", pt.stack([mu, mu])[z][:, None], 1., observed=x)
+    f = fit(m, "nuts", draws=1000, tune=500, chains=2, seed=0, **quiet)
+    precision = 1/4 + 40
+    draws = f["posterior"].mu.values.ravel()
+    assert abs(draws.mean() - x.sum()/precision) < .02 and abs(draws.std()*np.sqrt(precision) - 1) < .1
+
+
+@pytest.mark.slow
+def test_split_merge_moves_free_a_stuck_chain():
+    rng = np.random.default_rng(4)
+    truth = np.repeat(np.arange(10), 40)
+    x = 8*rng.normal(size=(10, 3))[truth] + rng.normal(size=(400, 3))
+    from spike_ppl.models import gmm
+    m = gmm(x, 14)
+    # all spikes in two units: Gibbs alone stays near it
+    start = derive(m).initial()
+    start["assignments"] = (truth % 2).astype(np.int32)
+    kw = dict(draws=300, tune=1500, chains=1, seed=1, start=start, **quiet)
+    stuck, free = fit(m, "gibbs", moves=False, **kw), fit(m, "gibbs", **kw)
+    assert free["sample_stats"].lp.mean() > stuck["sample_stats"].lp.mean() + 50
+    z = free["posterior"].assignments.values[0, -1]
+    assert sum(len(set(z[truth == k])) == 1 for k in range(10)) >= 9
+
+
+@pytest.mark.slow
+def test_advi_is_a_baseline_that_runs():
+    rng = np.random.default_rng(0)
+    x = np.r_[rng.normal(-3, .5, 40), rng.normal(3, .5, 40)]
+    f = fit(mixture(x, 2), "advi", draws=100, passes=5, seed=0, **quiet)
+    assert f["posterior"].z.shape == (1, 100, 80) and np.isfinite(f["optimisation"].elbo.values[-1])

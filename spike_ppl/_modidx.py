@@ -1060,6 +1060,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spike_ppl.sort.__getattr__': ('sort.html#__getattr__', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._add': ('sort.html#_add', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._add_to': ('sort.html#_add_to', 'spike_ppl/sort.py'),
+                                'spike_ppl.sort._all_clusters': ('sort.html#_all_clusters', 'spike_ppl/sort.py'),
+                                'spike_ppl.sort._areas': ('sort.html#_areas', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._bank': ('sort.html#_bank', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._best': ('sort.html#_best', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._centred_spikes': ('sort.html#_centred_spikes', 'spike_ppl/sort.py'),

@@ -7,7 +7,7 @@ __all__ = ['NotConjugate', 'LogJoint', 'log_joint', 'Family', 'Normal', 'Gamma',
            'FiniteDiscrete', 'Conditional', 'complete_conditional', 'pseudo_spikes', 'Derivation', 'derive',
            'Conjugacy', 'conjugacy']
 
-# %% ../nbs/05_conjugate.ipynb #4a59870d
+# %% ../nbs/05_conjugate.ipynb #c6d629b8
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import product
@@ -22,12 +22,14 @@ import pytensor
 import pytensor.tensor as pt
 from pymc.logprob.utils import local_remove_check_parameter
 from pymc.model.transform.conditioning import remove_value_transforms
+from pytensor.compile.mode import Mode
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, equal_computations
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.replace import clone_replace, vectorize_graph
 from pytensor.graph.rewriting.basic import in2out
-from pytensor.graph.traversal import ancestors, toposort
+from pytensor.graph.traversal import ancestors
+from pytensor.link.vm import VMLinker
 from pytensor.tensor.basic import Alloc
 
 # %% ../nbs/05_conjugate.ipynb #94b3a795
@@ -44,7 +46,7 @@ class NotConjugate(ValueError):
         super().__init__(f"{variable!r} has no conjugate complete conditional here: tried {family}, {reason}{off}. "
                          "Let a PyMC step method such as pm.Slice or pm.NUTS sample it, or rewrite its prior in the conjugate form.")
 
-# %% ../nbs/05_conjugate.ipynb #983f6212
+# %% ../nbs/05_conjugate.ipynb #7925961d
 @dataclass
 class LogJoint:
     "The log joint density of a model in natural space, one elementwise term per random variable or potential."
@@ -55,13 +57,16 @@ class LogJoint:
     terms:dict # name -> elementwise log density (the broadcast shape of that variable)
     initial:dict # name -> initial value in natural space, ndarray
     transforms:dict # name -> (transform in the model, the distribution's default transform)
+    first_families:dict|None = None # found once
+    is_head:bool = False # already shortened for checks
 
-    def head(self, n:int=200):
+    def head(self, n:int=100):
         "The same graphs over the first `n` rows of the data, for checks; itself where rows cannot be left out."
+        if self.is_head: return self
         lengths = {len(d) for d in self.data.values() if d.ndim}
         if len(lengths) != 1 or (N := lengths.pop()) <= n: return self
         cut = lambda v: v[:n] if v.ndim and len(v) == N else v
-        small = replace(self, data={k: cut(v) for k, v in self.data.items()}, initial={k: cut(v) for k, v in self.initial.items()})
+        small = replace(self, data={k: cut(v) for k, v in self.data.items()}, initial={k: cut(v) for k, v in self.initial.items()}, first_families=None, is_head=True)
         f = _function([*self.free.values(), *self.observed.values()], [t.sum() for t in self.terms.values()])
         try: f(*(np.asarray(small.initial[k], v.dtype) for k, v in self.free.items()), *small.data.values())
         except Exception: return self
@@ -91,9 +96,10 @@ def _unchecked(terms):
         out.append(t)
     return out
 
-# %% ../nbs/05_conjugate.ipynb #8e17a906
+# %% ../nbs/05_conjugate.ipynb #c2f469ac
 def log_joint(
     model:pm.Model, # any PyMC model
+    verify:bool=True, # compare terms that are rewritten (MvNormal, Wishart) with PyMC's own
 ) -> LogJoint:
     "Write down the log joint of a model in natural space, with the observed values as inputs."
     plain = _plain(model)
@@ -105,23 +111,23 @@ def log_joint(
     observed, data, swap = {}, {}, {}
     for rv in plain.observed_RVs:
         v = plain.rvs_to_values[rv]
-        data[rv.name] = np.asarray(v.data if isinstance(v, Constant) else v.eval())
+        data[rv.name] = np.asarray(v.data if isinstance(v, Constant) else v.eval(mode=_AS_WRITTEN))
         observed[rv.name] = swap[v] = pt.tensor(rv.name, dtype=v.dtype, shape=(None,) * v.ndim)
     for n, length in plain.dim_lengths.items():
         if isinstance(length, SharedVariable): swap[length] = pt.constant(length.get_value(), dtype=length.dtype)
-    terms = [_precision_form(plain, rv, t, swap, observed, data) for rv, t in zip(rvs, terms)]
+    initial = {k: np.asarray(v) for k, v in plain.initial_point().items()}
+    terms = [_precision_form(plain, rv, t, swap, observed, data, initial, verify) for rv, t in zip(rvs, terms)]
     order = {rv.name: i for i, rv in enumerate(model.free_RVs)}
     free = {rv.name: plain.rvs_to_values[rv] for rv in sorted(plain.free_RVs, key=lambda r: order[r.name])}
     transforms = {}
     for rv in model.free_RVs:
         transforms[rv.name] = (model.rvs_to_transforms.get(rv), _default_transform(rv))
-    initial = {k: np.asarray(v) for k, v in plain.initial_point().items()}
     for rv, given in model.rvs_to_initial_values.items():
         if rv.name in initial and isinstance(given, (int, float, list, tuple, np.ndarray)):
             initial[rv.name] = np.broadcast_to(np.asarray(given, initial[rv.name].dtype), initial[rv.name].shape).copy()
     return LogJoint(model, free, observed, data, dict(zip(names, terms)), initial, transforms)
 
-# %% ../nbs/05_conjugate.ipynb #d2f1e169
+# %% ../nbs/05_conjugate.ipynb #20dfa2dc
 _TAU_TRAP = ("PyMC 6.4 breaks on MvNormal(mu[z], tau=P[z]) with one precision a row: write cov=pt.linalg.inv(P)[z] "
              "or chol=pt.linalg.cholesky(pt.linalg.inv(P))[z].")
 
@@ -155,7 +161,7 @@ def _cholesky_of(L):
         return None if C is None else C[L.owner.inputs[1]]
     return None
 
-def _precision_form(plain, rv, term, swap, observed, data):
+def _precision_form(plain, rv, term, swap, observed, data, start, verify):
     "MvNormal and Wishart terms rewritten so that no derivative runs through a Cholesky factor; checked against PyMC's own term."
     op = type(rv.owner.op).__name__ if rv.owner is not None else ""
     value = plain.rvs_to_values.get(rv)
@@ -178,11 +184,12 @@ def _precision_form(plain, rv, term, swap, observed, data):
             from pymc.distributions.dist_math import multigammaln
             log_z = nu * p / 2 * np.log(2) + nu * pt.log(pt.diagonal(chol, axis1=-2, axis2=-1)).sum(-1) + multigammaln(nu / 2, p)
         forms.append((nu - p - 1) / 2 * pt.linalg.slogdet(value)[1] - .5 * (inverse * value).sum((-2, -1)) - log_z)
+    if not verify: return put(forms[0])
     free = [plain.rvs_to_values[r] for r in plain.free_RVs]
     try:
         term, forms = put(term), [put(t) for t in forms]
         f = _function([*free, *observed.values()], [term, *forms])
-        rng, start = np.random.default_rng(5), plain.initial_point()
+        rng = np.random.default_rng(5)
         args, N = [], len(data[rv.name]) if rv.name in data else 0
         few = lambda a: a[:50] if a.ndim and len(a) == N else a
         for v in free:
@@ -202,10 +209,12 @@ def _precision_form(plain, rv, term, swap, observed, data):
         raise ValueError(f"{rv.name!r}: model.logp() is not the density of MvNormal(mu, cov). {_TAU_TRAP}")
     return term
 
-# %% ../nbs/05_conjugate.ipynb #68a89218
+# %% ../nbs/05_conjugate.ipynb #5198b686
 def _default_transform(rv):
     from pymc.distributions.transforms import _default_transform as default
     return default(rv.owner.op, rv) if rv.owner is not None else None
+
+_AS_WRITTEN = Mode(VMLinker(use_cloop=False, c_thunks=False), optimizer=None)      # no rewriting: graphs that run a handful of times
 
 def _total(terms): return pt.add(*[t.sum() for t in terms]) if len(terms) > 1 else terms[0].sum()
 
@@ -213,7 +222,7 @@ def _grad(f, v): return pt.grad(f, v, disconnected_inputs="ignore")
 
 def _function(inputs, outputs):
     "A quickly compiled function for checks done once."
-    return pytensor.function(inputs, outputs, mode="FAST_COMPILE", on_unused_input="ignore")
+    return pytensor.function(inputs, outputs, mode=_AS_WRITTEN, on_unused_input="ignore")
 
 # %% ../nbs/05_conjugate.ipynb #f7ef0ab8
 def _outer_probes(hv, u, shape, axis):
@@ -538,7 +547,7 @@ def _owner(joint, name, family, key):
     for b in range(bits): code += (at((np.arange(n) >> b) & 1) == one) * (1 << b)       # the row's element spells its own number
     return np.where(depends, code, -1)
 
-# %% ../nbs/05_conjugate.ipynb #052e22ef
+# %% ../nbs/05_conjugate.ipynb #c4d06480
 _TOLERANCE = 1e-6
 
 def _candidates(joint, name):
@@ -558,7 +567,7 @@ def _candidates(joint, name):
     if isinstance(default, tr.SimplexTransform): return [Dirichlet(shape)]
     if isinstance(default, tr.CholeskyCovTransform): return [Wishart(shape)]
     if op == "Uniform":
-        low, high = (np.asarray(p.eval()) if not set(ancestors([p])) & set(joint.model.free_RVs) else np.nan for p in rv.owner.inputs[-2:])
+        low, high = (np.asarray(p.eval(mode=_AS_WRITTEN)) if not set(ancestors([p])) & set(joint.model.free_RVs) else np.nan for p in rv.owner.inputs[-2:])
         if np.all(low == 0) and np.all(high == 1): return [Beta(shape)]
     raise NotConjugate(name, "none", f"the support of {op} belongs to no conjugate family known here")
 
@@ -566,10 +575,10 @@ def _n_values(joint, name, op):
     "Number of values of a finite discrete variable."
     p = joint.model[name].owner.inputs
     try:
-        if op == "Categorical": return int(p[-1].type.shape[-1] or pt.shape(p[-1])[-1].eval())
+        if op == "Categorical": return int(p[-1].type.shape[-1] or pt.shape(p[-1])[-1].eval(mode=_AS_WRITTEN))
         if op == "Bernoulli": return 2
-        if op == "Binomial": return int(np.max(p[-2].eval())) + 1
-        if op == "DiscreteUniform" and np.all(p[-2].eval() == 0): return int(np.max(p[-1].eval())) + 1
+        if op == "Binomial": return int(np.max(p[-2].eval(mode=_AS_WRITTEN))) + 1
+        if op == "DiscreteUniform" and np.all(p[-2].eval(mode=_AS_WRITTEN) == 0): return int(np.max(p[-1].eval(mode=_AS_WRITTEN))) + 1
     except Exception as e: raise NotConjugate(name, "finite discrete", f"the number of its values could not be found ({e})") from e
     raise NotConjugate(name, "finite discrete", f"{op} has no known finite set of values 0 .. n-1")
 
@@ -615,7 +624,7 @@ class Conditional:
         "Expected sufficient statistics under the complete conditional."
         return self.family_.statistics(self.natural(point))
 
-# %% ../nbs/05_conjugate.ipynb #b2e8c8e5
+# %% ../nbs/05_conjugate.ipynb #07727c3b
 def _generic_base(joint, name):
     "A generic point of the support near the initial value (reading at 0 and 1 would meet PyMC's logpow)."
     value = joint.initial[name]
@@ -645,11 +654,12 @@ def _read(joint, name, family):
 
 def _families_or_none(joint):
     "First candidate family of every free variable, for random points."
-    out = {}
-    for k in joint.free:
-        try: out[k] = _candidates(joint, k)[0]
-        except NotConjugate: pass
-    return out
+    if joint.first_families is None:
+        joint.first_families = {}
+        for k in joint.free:
+            try: joint.first_families[k] = _candidates(joint, k)[0]
+            except NotConjugate: pass
+    return joint.first_families
 
 # %% ../nbs/05_conjugate.ipynb #449c1364
 def _resized(family, shape):
@@ -1001,11 +1011,11 @@ def _named_ancestor(model, assignments):
         p = p.owner.inputs[0]
     return p.name
 
-# %% ../nbs/05_conjugate.ipynb #bc02bc62
+# %% ../nbs/05_conjugate.ipynb #4dbd8cb7
 _plans = []
 
-def _plan_of(joint, exact):
-    "A plan made for the same structure before, or a new one."
+def _plan_of(joint, exact, known=False):
+    "A plan made for the same structure before, or a new one (None if it has to be a known one)."
     terms, constants, values = _lift(joint)
     outs = list(terms.values())
     ins = [*joint.free.values(), *joint.observed.values(), *constants.values()]
@@ -1019,12 +1029,13 @@ def _plan_of(joint, exact):
         if [v.type for v in mine] == [v.type for v in ins] and equal_computations(outs, list(plan.terms.values()), ins, mine):
             if exact and plan.others: break
             return plan, values
+    if known: return None, values
     plan = _Plan(joint, terms, constants, values, exact)
     _plans.append(plan)
     del _plans[:-16]
     return plan, values
 
-# %% ../nbs/05_conjugate.ipynb #51b2f436
+# %% ../nbs/05_conjugate.ipynb #1fd64f63
 class Derivation:
     "The complete conditionals and expected natural parameters of all variables of a model, compiled, bound to its data."
     def __init__(self, joint:LogJoint, plan, constant_values:dict):
@@ -1122,20 +1133,23 @@ class Derivation:
         used = [k for k, v in self.joint.free.items() if v in set(ancestors(graphs))]
         batched = {self.joint.free[k]: pt.tensor(k, dtype=self.joint.free[k].dtype, shape=(None,) * (self.joint.free[k].ndim + 1)) for k in used}
         outs = vectorize_graph(graphs, batched)
-        return [d.name for d in keep], pytensor.function(list(batched.values()), outs, on_unused_input="ignore"), used
+        return [d.name for d in keep], pytensor.function(list(batched.values()), outs, on_unused_input="ignore", mode="FAST_COMPILE"), used
     def deterministics(self, points:dict) -> dict: # name -> (n, ...)
         "The model's Deterministics that do not depend on the assignments, at `n` points (every array with a leading axis of length n)."
         names, fn, used = self._deterministic
         return dict(zip(names, fn(*(np.asarray(points[k], dtype=self.joint.free[k].dtype) for k in used)))) if names else {}
 
-# %% ../nbs/05_conjugate.ipynb #761d83a2
+# %% ../nbs/05_conjugate.ipynb #edb7e8f7
 def derive(
     model:pm.Model, # any PyMC model
     exact:bool=False, # raise NotConjugate as soon as one variable is not conjugate
 ) -> Derivation:
     "Derive all complete conditionals of a model; the same structure met again in this process costs no new derivation or compilation."
-    joint = log_joint(model)
-    plan, values = _plan_of(joint, exact)
+    joint = log_joint(model, verify=False)              # a structure verified before is recognised by its terms
+    plan, values = _plan_of(joint, exact, known=True)
+    if plan is None:
+        joint = log_joint(model)
+        plan, values = _plan_of(joint, exact)
     return Derivation(joint, plan, values)
 
 # %% ../nbs/05_conjugate.ipynb #adf5c79c

@@ -99,6 +99,7 @@ def stage_notebook(src, dst):
                 if "text/markdown" in data:
                     data["text/markdown"] = outside_code(joined(data["text/markdown"]), fix_links)
                 pictures |= any(m.startswith("image/") for m in data)
+            text = re.sub(r"^#\|\s*fig-alt\s*:\s*(?![\"'])(.+)$", lambda m: f"#| fig-alt: {json.dumps(m[1].strip(), ensure_ascii=False)}", text, flags=re.M)  # a colon in it is no YAML
             if pictures and not re.search(r"^#\|\s*fig-alt\s*:", text, re.M):
                 missing += 1
                 alt = describe(before) or "Figure drawn by the code above"

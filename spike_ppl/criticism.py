@@ -1102,7 +1102,7 @@ def _headline(conv, units, found, fit, d):
     if share == 0: return "do not trust", f"None of the {len(units)} units can be trusted as it stands; see why below."
     return "with care", f"Use it with care: {int(units.trusted.sum())} of {len(units)} units can be trusted as they are; look at the others first."
 
-# %% ../nbs/09_criticism.ipynb #34906665
+# %% ../nbs/09_criticism.ipynb #fef996c7
 def _plan(fit, d, sure, pmf, checks, left):
     "Figures of the verdict: {title: function(ax)}."
     x = fit["observed_data"][roles(fit)["observed"]] if "observed_data" in fit.children else None
@@ -1125,7 +1125,7 @@ def _plan(fit, d, sure, pmf, checks, left):
         def off(ax):
             ax.barh(names, worst, color=plots.unit_colour(1))
             ax.axvline(4, color="0.4", ls="--", lw=1)
-            ax.set(xlabel="distance of the data from the model's replicates [sd, at most 50]")
+            ax.set(xlabel="distance from the model's replicates [sd]")
             ax.invert_yaxis()
         draw["What the model does not explain (beyond the line)"] = off
     if left is not None:

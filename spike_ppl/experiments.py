@@ -109,7 +109,7 @@ def _read(path):
         for v in node.variables: node[v].encoding = {}
     return out
 
-# %% ../nbs/11_experiments.ipynb #1ef8e05d
+# %% ../nbs/11_experiments.ipynb #56ddeec3
 @functools.cache
 def _git():
     "Commit of the package's working copy, with + when it has changes; empty where there is none."
@@ -130,10 +130,10 @@ def _describe(fit, note):
                 time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"), wall_time=fit.attrs.get("wall_time"), note=note)
 
 def _arguments(fit):
-    "Arguments of the model as text."
+    "Arguments of the model as text; what is off or not given is left out."
     args = fit.attrs.get("model_args", "{}")
     args = json.loads(args) if isinstance(args, str) else dict(args)
-    return ", ".join(f"{k}={v}" for k, v in args.items() if k != "priors")
+    return ", ".join(f"{k}={v}" for k, v in args.items() if k != "priors" and v not in (False, None))
 
 def _criticise(fit, model=None):
     "The numbers and words of criticism; what could not be computed is missing and said."

@@ -1014,6 +1014,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spike_ppl.scale._Call': ('scale.html#_call', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._Call.__init__': ('scale.html#_call.__init__', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._claim': ('scale.html#_claim', 'spike_ppl/scale.py'),
+                                 'spike_ppl.scale._coincidences': ('scale.html#_coincidences', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._died': ('scale.html#_died', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._locally': ('scale.html#_locally', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._on_client': ('scale.html#_on_client', 'spike_ppl/scale.py'),

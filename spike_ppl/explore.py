@@ -234,7 +234,7 @@ class RecordingExplorer(Explorer):
         order = [c for c in self._names.options[::-1] if c in shown]
         self.panels["traces"].show(lambda ax: plots.traces(source, start=self.start, duration=self.duration, channels=order, sorting=spikes, ax=ax))
 
-# %% ../nbs/14_explore.ipynb #6af0163d
+# %% ../nbs/14_explore.ipynb #a8d9f82e
 class UnitExplorer(Explorer):
     "Look at units, decide on merges, splits and labels. Traits: `unit`, `other`, `threshold`, `method`, `neighbours`."
     unit = traitlets.Int(None, allow_none=True)
@@ -264,7 +264,7 @@ class UnitExplorer(Explorer):
         if suggestions: self._suggest()
         self._unit = widgets.Dropdown(description="unit", layout=_WIDE(width="180px"))
         self._other = widgets.Dropdown(description="beside", layout=_WIDE(width="180px"))
-        self._threshold = widgets.FloatSlider(min=0, max=1, step=.01, description="P at least", layout=_WIDE(width="330px"), disabled=c.probability is None)
+        self._threshold = widgets.FloatSlider(min=0, max=1, step=.02, description="P at least", layout=_WIDE(width="330px"), disabled=c.probability is None)
         self._method = widgets.ToggleButtons(options=[("LDA", "lda"), ("PCA", "pca")], style=dict(button_width="52px"))
         self._count = widgets.BoundedIntText(min=1, max=6, description="nearest", layout=_WIDE(width="150px"))
         self._list = widgets.Select(rows=7, layout=_WIDE(width="330px"))
@@ -617,7 +617,7 @@ class UnitExplorer(Explorer):
             cross(axs[1])
         panel.show(line, 2)
 
-# %% ../nbs/14_explore.ipynb #06535c97
+# %% ../nbs/14_explore.ipynb #9069d251
 class FitExplorer(Explorer):
     "Choose fits, see their traces and checks, compare them. Traits: `chosen` (names), `variable`, `feature`."
     chosen = traitlets.Tuple()
@@ -637,11 +637,11 @@ class FitExplorer(Explorer):
         self._choose = widgets.SelectMultiple(options=self.names, rows=min(12, max(3, len(self.names))), layout=_WIDE(width="330px"))
         self._variable = widgets.Dropdown(description="variable", layout=_WIDE(width="220px"))
         self._feature = widgets.Dropdown(description="feature", layout=_WIDE(width="180px"))
-        self._compare = _button("Compare", "LOO and held-out density of the chosen fits, see criticism.compare", self.compare)
+        self._compare_button = _button("Compare", "LOO and held-out density of the chosen fits, see criticism.compare", self.compare)
         self._table = widgets.HTML(layout=_WIDE(max_height="220px", overflow="auto"))
         sizes = dict(width=4.9, height=3.1)
         figures = [self._add(n, **sizes) for n in ("trace", "sizes", "units")] + [self._add("ppc", width=4.9, height=3.1, margins=(.06, .18, .98, .88))]
-        self.children = [widgets.HBox([widgets.VBox([self._choose, self._compare, self.status]), self._table]), widgets.HBox([self._variable, self._feature]),
+        self.children = [widgets.HBox([widgets.VBox([self._choose, self._compare_button, self.status]), self._table]), widgets.HBox([self._variable, self._feature]),
             widgets.VBox([widgets.HBox(figures[:2]), widgets.HBox(figures[2:])])]
         self._show_table()
         if not self.names:

@@ -733,7 +733,7 @@ def _counts(fit):
         return np.stack([m - 1.598*s, m, m + 1.598*s])[[0, 0, 1, 2, 2]] if s.max() > 0 else m[None], ids
     raise ValueError("this fit has neither assignment draws nor a unit_probability group; fit with method='gibbs' or 'vb', or give labels")
 
-# %% ../nbs/08_plots.ipynb #66622ad7
+# %% ../nbs/08_plots.ipynb #e0c41c04
 def n_units(
     data, # a fit, or the probabilities of `partition.n_units` (dim n_units)
     *, truth:int|None=None, # marked, when known
@@ -754,7 +754,8 @@ def n_units(
         _note(ax, truth, 1.01, "truth", transform=ax.get_xaxis_transform(), ha="center")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="number of units", ylabel="posterior probability", ylim=(0, 1.02 if p.max() > .6 else None))
-    if len(keep) and np.ptp(k[keep]) < 4: ax.set_xlim(k[keep].min() - 2.5, k[keep].max() + 2.5)
+    shown = np.append(k[keep], [] if truth is None else [truth])
+    if len(shown): ax.set_xlim(shown.min() - (2.5 if np.ptp(shown) < 4 else .7), shown.max() + (2.5 if np.ptp(shown) < 4 else .7))
     return ax
 
 # %% ../nbs/08_plots.ipynb #e0ade865
@@ -829,7 +830,7 @@ def parameters(
     if not alone: _unit_key(ax, units)
     return ax
 
-# %% ../nbs/08_plots.ipynb #324c6c1f
+# %% ../nbs/08_plots.ipynb #03626b19
 def elbo(
     fit, # a fit by vb or advi, or its bound per iteration
     *, skip:int=0, # first iterations left out of the limits
@@ -846,6 +847,7 @@ def elbo(
     if skip and high > low:
         ax.set_ylim(low - .05*(high - low), high + .05*(high - low))
     ax.ticklabel_format(axis="y", useOffset=False, style="plain")
+    ax.yaxis.get_major_locator().set_params(nbins=5)
     ax.set(xlabel="iteration", ylabel="ELBO [nats]")
     ax.xaxis.get_major_locator().set_params(integer=True)
     return ax

@@ -335,7 +335,7 @@ def _certainty(c):
     c._sure = per
     return per
 
-# %% ../nbs/10_units.ipynb #74be0234
+# %% ../nbs/10_units.ipynb #08f768ba
 def _coincidences(a, b, refractory, censored):
     "Pairs of spikes (sorted times, s) between `censored` and `refractory` (s) apart."
     def within(r): return int((np.searchsorted(b, a + r, "right") - np.searchsorted(b, a - r, "left")).sum())
@@ -396,7 +396,23 @@ def _line(x, labels, u, v, n=2000, seed=0):
     centre = x[both].mean(0)
     return (x[i] - centre) @ p, (x[j] - centre) @ p
 
-# %% ../nbs/10_units.ipynb #984c6607
+def _let_through(c, x, where, refractory, censored, seed=0):
+    "Share of the coincidences of independent neighbours that detection lets through: from pairs of units with an empty valley between them."
+    held = getattr(c, "_share", None)
+    if held is not None: return held
+    units = [u for u in c.units if (where == u).sum() > 1]
+    mean = np.stack([x[where == u].mean(0) for u in units]) if units else np.zeros((0, 1))
+    t = {u: np.sort(c.times(u)) for u in units}
+    seen, expected = 0, 0.
+    for i, j in {tuple(sorted((i, int(j)))) for i in range(len(units)) for j in np.argsort(((mean - mean[i])**2).sum(1), kind="stable")[1:4]}:
+        u, v = units[i], units[j]
+        if not _valley(*_line(x, where, u, v, n=1000, seed=seed)) < .15: continue
+        seen += _coincidences(t[u], t[v], refractory/1e3, censored/1e3)
+        expected += 2*(refractory - censored)/1e3*len(t[u])*len(t[v])/c.duration
+    c._share = float(np.clip((seen + 1)/(expected + 1), .02, 1))
+    return c._share
+
+# %% ../nbs/10_units.ipynb #114a4371
 def merge_suggestions(
     result, # a `sort` result, Clustering, fit or labels
     *, templates:xr.Dataset|None=None, # None: computed from the waveforms, when there are any
@@ -433,6 +449,7 @@ def merge_suggestions(
     labels = c.labels.values
     timed = c.sampling_rate is not None and "sample_index" in c.labels.coords and c.duration
     t = {u: np.sort(c.times(u)) for u in units} if timed else {}
+    share = _let_through(c, x, where, refractory, censored, seed) if timed and x is not None else 1.
     rows = []
     for i, j in sorted(pairs):
         u, v = units[i], units[j]
@@ -444,7 +461,7 @@ def merge_suggestions(
         row["log_bf_time"] = 0.
         if timed:
             row["coincidences"] = _coincidences(t[u], t[v], refractory/1e3, censored/1e3)
-            row["expected"] = 2*(refractory - censored)/1e3*len(t[u])*len(t[v])/c.duration
+            row["expected"] = share*2*(refractory - censored)/1e3*len(t[u])*len(t[v])/c.duration
             row["log_bf_time"] = _log_bf_one(row["coincidences"], row["expected"])
         prior = float(np.clip(prior, 1e-3, .999))
         row["probability"] = float(1/(1 + np.exp(-np.clip(np.log(prior/(1 - prior)) + row["log_bf_time"], -50, 50))))
@@ -484,7 +501,7 @@ def _two_parts(x, seed=0, n=3000, components=8, rounds=10, smallest=20):
     part = ((x - mean) @ v) @ w > at
     return (part if part.sum() <= (~part).sum() else ~part), dip
 
-# %% ../nbs/10_units.ipynb #e6286140
+# %% ../nbs/10_units.ipynb #2a8eee84
 def split_suggestions(
     result, # a `sort` result, Clustering, fit or labels
     *, refractory:float=1.5, # ms
@@ -504,6 +521,7 @@ def split_suggestions(
     source = c.features if c.features is not None else c.waveforms
     back = c.rows(source)
     timed = c.sampling_rate is not None and "sample_index" in c.labels.coords and c.duration
+    share = _let_through(c, x, where, refractory, censored, seed) if timed else 1.
     rows = []
     for u in c.units:
         if units is not None and u not in units: continue
@@ -518,7 +536,7 @@ def split_suggestions(
         if timed:
             a, b = (np.sort(c.sample_index[members[m]])/c.sampling_rate for m in (whole, ~whole))
             row["coincidences"] = _coincidences(a, b, refractory/1e3, censored/1e3)
-            row["expected"] = 2*(refractory - censored)/1e3*len(a)*len(b)/c.duration
+            row["expected"] = share*2*(refractory - censored)/1e3*len(a)*len(b)/c.duration
             row["log_bf_time"] = -_log_bf_one(row["coincidences"], row["expected"])
         prior = float(np.clip(np.nanmax([row["shape"], 1 - dip if np.isfinite(dip) else 0]), .005, .995))
         row["probability"] = float(1/(1 + np.exp(-np.clip(np.log(prior/(1 - prior)) + row["log_bf_time"], -50, 50))))

@@ -5,6 +5,7 @@
     docs.py readme           write README.md from nbs/index.ipynb
 """
 import argparse
+import ast
 import functools
 import html
 import http.server
@@ -15,6 +16,7 @@ import re
 import shutil
 import sys
 import urllib.parse
+import warnings
 from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
@@ -133,13 +135,23 @@ def known_pages(items, have):
     return out
 
 
+def only_definitions(cell):
+    "Whether a cell can run without the example cells around it: exported code, imports alone, `show_doc`."
+    if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"} or "show_doc(" in cell.source:
+        return True
+    return all(isinstance(s, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Pass)) for s in cell.parsed_())
+
+
 def stage(folder):
     "Process the notebooks with nbdev, then lay them out in `folder` as smalldocs reads them."
     os.chdir(ROOT)
     os.environ["IN_TEST"] = "1"  # the last cell of a notebook exports nothing
-    from nbdev.processors import FilterDefaults
+    from nbdev import processors
     from nbdev.serve_drv import exec_nb
 
+    runs = processors._do_eval
+    processors._do_eval = lambda cell: runs(cell) and only_definitions(cell)
+    warnings.filterwarnings("ignore", message="Found cells containing imports")
     shutil.rmtree(folder, ignore_errors=True)
     missing, wrong = {}, []
     for src in sorted(NBS.rglob("*.ipynb")):
@@ -149,7 +161,7 @@ def stage(folder):
         made = folder / page_name(name)
         made.parent.mkdir(parents=True, exist_ok=True)
         try:
-            exec_nb(src, made, FilterDefaults)
+            exec_nb(src, made, processors.FilterDefaults)
         except Exception as e:  # a cell that does not run: say which, and go on with the other pages
             wrong.append(f"{name.as_posix()}: {' '.join(str(e).split())[-400:]}")
             made.unlink(missing_ok=True)

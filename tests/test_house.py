@@ -82,23 +82,6 @@ def test_every_room_has_a_title_and_a_subtitle(notebooks):
         assert not others, f"{path}: one H1 in a notebook, also: {text(others[0])[:60]!r}"
 
 
-def test_imports_stand_in_their_own_cells(notebooks):
-    "nbdev runs every cell with an import when it makes the docs, without the example cells around it."
-    wrong = []
-    for path, nb in notebooks.items():
-        for n, cell in enumerate(nb["cells"]):
-            source = text(cell)
-            if cell["cell_type"] != "code" or re.search(r"^#\|\s*(exporti?s?\b|eval:\s*false)", source, re.M):
-                continue
-            tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
-            if not any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in ast.walk(tree)):
-                continue
-            others = [s for s in tree.body if not isinstance(s, (ast.Import, ast.ImportFrom, ast.Pass, ast.FunctionDef, ast.ClassDef))]
-            if others and not all("nbdev_export" in ast.unparse(s) for s in others):
-                wrong.append(f"{path}, cell {n}: {source.strip().splitlines()[0][:70]!r}")
-    assert not wrong, "imports beside other code (give them a cell of their own): " + "; ".join(wrong)
-
-
 def docs_text(markdown):
     "Markdown without fenced code, where # starts a comment."
     return re.sub(r"^```.*?^```", "", markdown, flags=re.S | re.M)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['model_lock', 'Neighbourhood', 'neighbourhoods', 'Found', 'save_found', 'load_found', 'Labelled', 'cluster_part',
-           'PartJob', 'templates_of', 'JobFailed', 'run_jobs', 'same_unit', 'coincidences', 'Merged', 'merge',
+           'PartJob', 'templates_of', 'JobFailed', 'run_jobs', 'coincidences', 'same_unit', 'Merged', 'merge',
            'sort_in_parts', 'portable', 'job_key']
 
-# %% ../nbs/12_scale.ipynb #7674ad34
+# %% ../nbs/12_scale.ipynb #54d3f4da
 import json, os, shutil, tempfile, threading, time, uuid
 from pathlib import Path
 from typing import NamedTuple
 
+import numba
 import numpy as np, xarray as xr
 
 # %% ../nbs/12_scale.ipynb #808c2019
@@ -323,7 +324,25 @@ def _on_client(client, job, tasks, paths, left, write, retries, done):
         for future, result in as_completed(list(futures), with_results=True): done(futures[future], result)
     finally: client.cancel(list(futures))
 
-# %% ../nbs/12_scale.ipynb #70939514
+# %% ../nbs/12_scale.ipynb #a1db96bb
+@numba.njit(cache=True, nogil=True)
+def _coincidences(a, b, within):   # both sorted: the earliest partner that fits is always a best choice
+    k = j = 0
+    for t in a:
+        while j < len(b) and b[j] < t - within: j += 1
+        if j < len(b) and b[j] <= t + within: k += 1; j += 1
+    return k
+
+# %% ../nbs/12_scale.ipynb #dff63d15
+def coincidences(
+    a, # sorted times
+    b, # sorted times
+    within, # largest difference
+)->int:
+    "How many pairs, one to one, can be made of times no farther apart than `within`."
+    return int(_coincidences(np.asarray(a, "int64"), np.asarray(b, "int64"), int(within)))
+
+# %% ../nbs/12_scale.ipynb #dc5668ec
 def same_unit(
     times_a, # sorted spike times of one unit, samples
     times_b, # of the other
@@ -337,6 +356,7 @@ def same_unit(
     "Log odds that two units of different neighbourhoods are one neuron."
     from scipy.special import betainc, betaincc
     k, n = coincidences(times_a, times_b, within), max(len(times_a), len(times_b))
+    if 4 * k < n: return -np.inf   # no doubt left, and no need to look at waveforms
     tiny = 1e-300
     trains = np.log(max(betaincc(1. + k, 1. + n - k, .5), tiny)) - np.log(max(betainc(1. + k, 1. + n - k, .5), tiny))
     best = -np.inf
@@ -351,19 +371,6 @@ def same_unit(
         best = max(best, -.5 * points * (d2 * (1 / same - 1 / different) + np.log(same / different)))
     return float(trains + np.clip(best, -20, 20))
 
-# %% ../nbs/12_scale.ipynb #6d84537f
-def coincidences(
-    a, # sorted times
-    b, # sorted times
-    within, # largest difference
-)->int:
-    "How many pairs, one to one, can be made of times no farther apart than `within`."
-    a, b, k, j = np.asarray(a).tolist(), np.asarray(b).tolist(), 0, 0
-    for t in a:   # both sorted: the earliest partner that fits is always a best choice
-        while j < len(b) and b[j] < t - within: j += 1
-        if j < len(b) and b[j] <= t + within: k += 1; j += 1
-    return k
-
 # %% ../nbs/12_scale.ipynb #24477640
 class Merged(NamedTuple):
     "All neighbourhoods' results as one."
@@ -372,13 +379,14 @@ class Merged(NamedTuple):
     templates: list         # per unit: DataArray (time, channel) on the channels of its neighbourhood
     info: list              # per neighbourhood: what its job reported
 
-# %% ../nbs/12_scale.ipynb #6b16ffcf
+# %% ../nbs/12_scale.ipynb #edb5e7f4
 def merge(
     found, # results of all neighbourhoods
     positions, # recording or probe, or positions (channel, 2) in the order of `ids`
     ids=None, # channel ids, if positions are given bare
     within=.4, # ms; closer spikes of two jobs coincide
     tolerance=.1, # of `same_unit`
+    nearby=120., # µm; main channels farther apart are not those of one neuron
 )->Merged:
     "Join the units of overlapping neighbourhoods by evidence on their spikes and shared channels."
     from scipy.optimize import linear_sum_assignment
@@ -394,6 +402,9 @@ def merge(
         missing = sorted({str(c) for c in set(ids) - set(owned)})
         raise ValueError(f"the results do not own every channel once ({len(owned)} owned, {len(set(owned))} different, {len(ids)} there{'; missing: ' + ', '.join(missing[:8]) if missing else ''}). Run the neighbourhoods that are missing.")
     reach = int(round(within * 1e-3 * rate))
+    readers, owner = {c: [] for c in ids}, {c: i for i, f in enumerate(found) for c in f.neighbourhood.own}
+    for i, f in enumerate(found):
+        for c in f.neighbourhood.channels: readers[c].append(i)
     members = []   # (part, row of its units)
     times, main, size, kept = {}, {}, {}, {}
     for i, f in enumerate(found):
@@ -409,16 +420,17 @@ def merge(
         return m
     link = {m: np.inf for m in members}
     for i, f in enumerate(found):
-        for j in range(i + 1, len(found)):
+        for j in sorted({k for c in f.neighbourhood.channels for k in readers[c] if k > i}):
             g = found[j]
-            shared = [c for c in f.neighbourhood.channels if c in set(g.neighbourhood.channels)]
+            theirs = set(g.neighbourhood.channels)
+            shared = [c for c in f.neighbourhood.channels if c in theirs]
             if not shared or not len(f.units) or not len(g.units): continue
             ci, cj = [f.neighbourhood.channels.index(c) for c in shared], [g.neighbourhood.channels.index(c) for c in shared]
             odds = np.full((len(f.units), len(g.units)), -np.inf)
             for a in range(len(f.units)):
                 if main[i, a] not in shared: continue
                 for b in range(len(g.units)):
-                    if main[j, b] not in shared: continue
+                    if main[j, b] not in shared or np.linalg.norm(np.asarray(where[main[i, a]]) - where[main[j, b]]) > nearby: continue
                     if min(len(times[i, a]), len(times[j, b])) < .3 * max(len(times[i, a]), len(times[j, b])): continue   # cannot share more than half
                     odds[a, b] = same_unit(times[i, a], times[j, b], f.templates[a][:, ci], g.templates[b][:, cj], f.n_averaged[a], g.n_averaged[b], reach, tolerance)
             for a, b in zip(*linear_sum_assignment(-np.clip(odds, 0, 1e4))):
@@ -430,8 +442,8 @@ def merge(
     for m in members: groups.setdefault(root(m), []).append(m)
     chosen = []
     for g in groups.values():
-        if not any(kept[m] for m in g) and len(g) < 2: continue   # one job's shadow of a neuron that its owner did not see
         best = max(g, key=lambda m: (size[m], -m[0]))
+        if not any(kept[m] for m in g) and owner[main[best]] not in {m[0] for m in g}: continue   # the shadow of a neuron that lies elsewhere
         chosen.append((best, g))
     chosen.sort(key=lambda c: (*(-np.asarray(where[main[c[0]]])[::-1]).round(3).tolist(), -size[c[0]]))   # by depth of the main channel
     columns, templates, table = [], [], []

@@ -667,6 +667,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.inference._SplitMerge.family': ( 'inference.html#_splitmerge.family',
                                                                                  'spike_ppl/inference.py'),
                                      'spike_ppl.inference._SplitMerge.gap': ('inference.html#_splitmerge.gap', 'spike_ppl/inference.py'),
+                                     'spike_ppl.inference._SplitMerge.labels': ( 'inference.html#_splitmerge.labels',
+                                                                                 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._SplitMerge.level': ( 'inference.html#_splitmerge.level',
                                                                                 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._SplitMerge.pair_statistics': ( 'inference.html#_splitmerge.pair_statistics',

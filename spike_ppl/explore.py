@@ -234,7 +234,7 @@ class RecordingExplorer(Explorer):
         order = [c for c in self._names.options[::-1] if c in shown]
         self.panels["traces"].show(lambda ax: plots.traces(source, start=self.start, duration=self.duration, channels=order, sorting=spikes, ax=ax))
 
-# %% ../nbs/14_explore.ipynb #a8d9f82e
+# %% ../nbs/14_explore.ipynb #86f81184
 class UnitExplorer(Explorer):
     "Look at units, decide on merges, splits and labels. Traits: `unit`, `other`, `threshold`, `method`, `neighbours`."
     unit = traitlets.Int(None, allow_none=True)
@@ -268,7 +268,7 @@ class UnitExplorer(Explorer):
         self._method = widgets.ToggleButtons(options=[("LDA", "lda"), ("PCA", "pca")], style=dict(button_width="52px"))
         self._count = widgets.BoundedIntText(min=1, max=6, description="nearest", layout=_WIDE(width="150px"))
         self._list = widgets.Select(rows=7, layout=_WIDE(width="330px"))
-        self._label = widgets.ToggleButtons(options=[("–", None), "good", "mua", "noise"], style=dict(button_width="58px"))
+        self._label = widgets.ToggleButtons(options=[("–", None)] + [(q, q) for q in Curation.LABELS], style=dict(button_width="58px"))
         self._path = widgets.Text(value=str(path), layout=_WIDE(width="200px"))
         self._facts = widgets.HTML(layout=_WIDE(width="330px"))
         step = [_button(t, tip, partial(self.step, by), width="36px") for t, tip, by in (("◀", "unit before", -1), ("▶", "next unit", 1))]
@@ -286,7 +286,7 @@ class UnitExplorer(Explorer):
         self._refresh_list()
         self.children = [widgets.HBox([self._unit, *step, self._other, self._threshold, self._method, self._count], layout=_WIDE(flex_flow="row wrap")),
             widgets.HBox([widgets.VBox([widgets.HBox(figures[:2]), widgets.HBox(figures[2:])]), right])]
-        self.observe(self._unit_changed, "unit")
+        self.observe(self._on_unit, "unit")
         self.observe(lambda _: None if self._quiet else self._draw("evidence"), "other")
         self.observe(lambda _: None if self._quiet else self._draw("scatter", "templates", "intervals"), "threshold")
         self.observe(lambda _: None if self._quiet else self._draw("scatter"), "method")
@@ -437,7 +437,7 @@ class UnitExplorer(Explorer):
         self._draw(*(("scatter", "templates", "intervals", "evidence") if new else ("evidence",)))
         self._tell()
 
-    def _unit_changed(self, change):
+    def _on_unit(self, change):
         if self._quiet: return
         self._quiet = True
         self._refresh_other(); self._list.index = None

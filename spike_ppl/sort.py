@@ -602,7 +602,7 @@ def _matching():
 
 _matching_extra = [("step", "int64"), ("score", "float32"), ("probability", "float32"), ("entropy", "float32"), ("second", "int64")]
 
-# %% ../nbs/13_sort.ipynb #bed73e72
+# %% ../nbs/13_sort.ipynb #ccd68d1c
 def match(
     recording, # decorrelated recording
     bank:Bank, # templates
@@ -614,6 +614,8 @@ def match(
     "All spikes of the templates in a recording, overlapping ones too; found with SpikeInterface's `find_spikes_from_templates`."
     from spikeinterface.core import Templates
     from spikeinterface.sortingcomponents.matching import find_spikes_from_templates
+    from spikeinterface.sortingcomponents.matching.method_list import matching_methods
+    matching_methods.setdefault("spike-ppl", _lazy["WhitenedMatching"]())
     rate = recording.get_sampling_frequency()
     held = Templates(templates_array=np.ascontiguousarray(bank.templates.transpose(0, 2, 1)), sampling_frequency=rate, nbefore=bank.before, is_in_uV=False,
         channel_ids=recording.channel_ids, unit_ids=np.arange(len(bank.templates)), probe=recording.get_probe())
@@ -663,7 +665,7 @@ def known_models():
 
 METHODS = ("vb", "gibbs", "nuts", "advi")
 
-# %% ../nbs/13_sort.ipynb #40fadef2
+# %% ../nbs/13_sort.ipynb #3cc05663
 def _fit(features, model, method, seed, truncation, labels=None, progressbar=False, **options):
     "Fit a model to features; returns the fit and each spike's unit (-1: outlier)."
     from spike_ppl.inference import fit as infer, predict
@@ -671,6 +673,7 @@ def _fit(features, model, method, seed, truncation, labels=None, progressbar=Fal
     elif isinstance(model, str): built = _model(model, features, truncation)
     else: built = model(features)
     fit = infer(built, method=method, seed=seed, progressbar=progressbar, **({"draws": 100} | options if method == "vb" else options))
+    if str(fit.attrs.get("stopped", "")).startswith("KeyboardInterrupt"): raise KeyboardInterrupt
     if method == "vb": p = fit["unit_probability"]["unit_probability"].transpose("spike", "unit").values; z = p.argmax(1)
     else:
         from spike_ppl.partition import point_partition
@@ -797,27 +800,39 @@ def _valley(a, b):
     density = np.exp(-.5 * ((grid[:, None] - points[None]) / .35)**2).mean(1)
     return float(density.min() / min(density[:8].max(), density[-8:].max()))
 
-# %% ../nbs/13_sort.ipynb #89d59a24
+# %% ../nbs/13_sort.ipynb #d9b1d549
 class _Units(NamedTuple):
-    "Templates (template, time, channel), the unit of each, and about how many spikes they have."
+    "Templates (template, time, channel), the unit of each, about how many spikes they have, and whether the model has judged them already."
     templates: np.ndarray
     unit: np.ndarray
     counts: np.ndarray
+    judged: np.ndarray
 
-def _look_again(recording, matched, bank, shapes, model, method, seed, most=2500, link=6., fewest=25, truncation=20, suspicious=1.6):
+def _look_again(recording, matched, bank, judged, shapes, model, method, seed, most=2500, link=6., fewest=25, truncation=20, suspicious=1.6, most_fits=4):
     "Templates of each unit from its cleaned spikes, split where it is two, joined where two are one."
     from scipy.sparse.csgraph import connected_components
     rate, counts = recording.get_sampling_frequency(), matched.counts
     templates = bank.templates.transpose(0, 2, 1)
     K, T, C = templates.shape
-    if K == 0: return _Units(templates, np.zeros(0, int), np.zeros(0))
+    if K == 0: return _Units(templates, np.zeros(0, int), np.zeros(0), np.zeros(0, bool))
     d, lag = _distances(templates, np.full(K, 1e12))
     group = connected_components((d < link) | (bank.unit[:, None] == bank.unit[None]))[1]
     n_total, rng = recording.get_num_samples(0), np.random.default_rng(seed)
-    out_t, out_u, out_c = [], [], []
+    out_t, out_u, out_c, out_j = [], [], [], []
+    whole_inside = (matched.start > T) & (matched.start + 2 * T < n_total)
+    rows_of = [np.flatnonzero((matched.template == k) & whole_inside) for k in range(K)]
+    doubt = np.zeros(K)      # spread of each template's spikes, relative to what noise alone could reach
+    for k in range(K):
+        if judged[k] or len(rows_of[k]) < 4 * N_FEATURES: continue
+        rows = rows_of[k] if len(rows_of[k]) <= 1000 else np.sort(rng.choice(rows_of[k], 1000, replace=False))
+        w = _centred_spikes(recording, matched, bank, rows, np.zeros(len(rows), int))
+        top, edge = _spread(w, _template(w, np.inf), shapes.basis)
+        doubt[k] = top / edge
+    ranked = sorted({int(group[k]): doubt[group == group[k]].max() for k in range(K)}.items(), key=lambda i: (-i[1], i[0]))
+    suspects = {g for g, value in ranked[:most_fits] if value >= suspicious}
     for g in range(group.max() + 1):
         of = np.flatnonzero(group == g)
-        rows = np.flatnonzero(np.isin(matched.template, of) & (matched.start > T) & (matched.start + 2 * T < n_total))
+        rows = np.sort(np.concatenate([rows_of[k] for k in of]))
         n = len(rows)
         if n < fewest: continue
         if n > most: rows = np.sort(rng.choice(rows, most, replace=False))
@@ -825,14 +840,12 @@ def _look_again(recording, matched, bank, shapes, model, method, seed, most=2500
         move = np.zeros(K, int); move[of] = [0 if k == main else lag[k, main] for k in of]
         w = _centred_spikes(recording, matched, bank, rows, move[matched.template[rows]])
         whole = _template(w, np.inf)
-        top, edge = _spread(w, whole, shapes.basis)
-        tops = [top]
-        if len(of) > 1: tops = [_spread(w[q], _template(w[q], np.inf), shapes.basis)[0] if (q := np.flatnonzero(matched.template[rows] == k)).size > 4 * N_FEATURES else 0. for k in of]
-        if len(of) > 1 or max(tops) >= suspicious * edge:
+        suspect = g in suspects
+        if len(of) > 1 or suspect:
             centre, directions = _principal(w, N_FEATURES)
             x = (w.reshape(len(w), -1) - centre) @ directions.T
         if len(rows) < 4 * N_FEATURES: parts = [np.arange(len(rows))]
-        elif max(tops) < suspicious * edge: parts = [q for k in of if len(q := np.flatnonzero(matched.template[rows] == k))]
+        elif not suspect: parts = [q for k in of if len(q := np.flatnonzero(matched.template[rows] == k))]
         else:
             _, z = _fit(x.astype(float), model, method, seed, truncation)
             parts = [np.flatnonzero(z == k) for k in np.unique(z[z >= 0])]
@@ -860,20 +873,20 @@ def _look_again(recording, matched, bank, shapes, model, method, seed, most=2500
                     if cosine > .9 and c[b] < .05 * c[a]: drop[b] = True; continue
                     if cosine > .8 and _valley(x[members[a]], x[members[b]]) > .8: unit[unit == unit[b]] = unit[a]
             t, c, unit = t[~drop], c[~drop], unit[~drop]
-        out_t.append(t); out_c.append(c); out_u.append(unit + sum(len(u) for u in out_u) + 1000 * len(out_u))
-    if not out_t: return _Units(np.zeros((0, T, C), "float32"), np.zeros(0, int), np.zeros(0))
-    return _Units(np.concatenate(out_t).astype("float32"), np.unique(np.concatenate(out_u), return_inverse=True)[1], np.concatenate(out_c))
+        out_t.append(t); out_j.append(np.full(len(t), suspect or judged[of].all())); out_c.append(c); out_u.append(unit + sum(len(u) for u in out_u) + 1000 * len(out_u))
+    if not out_t: return _Units(np.zeros((0, T, C), "float32"), np.zeros(0, int), np.zeros(0), np.zeros(0, bool))
+    return _Units(np.concatenate(out_t).astype("float32"), np.unique(np.concatenate(out_u), return_inverse=True)[1], np.concatenate(out_c), np.concatenate(out_j))
 
-# %% ../nbs/13_sort.ipynb #ae803b83
-def _clusters(recording, peaks, shapes, model, method, seed, truncation, before, subtract=None, fewest=20, smallest=7., most_power=1.4, limit=6000, **options):
-    "Cluster found spikes; returns fit, features, rows used, and templates with counts (window of `before` samples on either side)."
+# %% ../nbs/13_sort.ipynb #41ae740f
+def _clusters(recording, peaks, shapes, model, method, seed, truncation, before, channels=slice(None), subtract=None, fewest=20, smallest=7., most_power=1.4, limit=6000, **options):
+    "Cluster found spikes by their windows on some channels; returns fit, features, rows used, units, and templates with counts (window of `before` samples on either side)."
     w = shapes.basis.shape[1] // 2
     rng = np.random.default_rng(seed)
     rows = np.arange(len(peaks.sample_index))
     if len(rows) > limit: rows = np.sort(rng.choice(rows, limit, replace=False))
     extra = () if subtract is None else ((*subtract, np.full(len(rows), -1)),)
     x = cut_at(recording, peaks.sample_index[rows], peaks.shift[rows], before, before, *extra)
-    inner = x[:, before - w:before + w + 1]
+    inner = np.ascontiguousarray(x[:, before - w:before + w + 1, channels])
     centre, directions = _principal(inner, N_FEATURES)
     features = ((inner.reshape(len(inner), -1) - centre) @ directions.T).astype(float)
     fit, z = _fit(features, model, method, seed, truncation, **options)
@@ -884,9 +897,29 @@ def _clusters(recording, peaks, shapes, model, method, seed, truncation, before,
         if n < fewest or len(i) < 8: continue
         t = _template(x[i], most_power)
         if t is None or np.linalg.norm(t) < smallest: continue
-        templates.append(t); counts.append(len(i))
+        templates.append(t); counts.append(n)
     shape = (0, 2 * before + 1, x.shape[2])
     return fit, features, rows, z, np.stack(templates) if templates else np.zeros(shape, "float32"), np.array(counts, float)
+
+def _areas(xy, most=10):
+    "Channels in compact groups of at most `most`: halved along their longer side until they are small enough."
+    def halve(rows):
+        if len(rows) <= most: return [np.sort(rows)]
+        side = np.ptp(xy[rows], axis=0).argmax()
+        order = rows[np.lexsort((rows, xy[rows, side]))]
+        return halve(order[:len(rows) // 2]) + halve(order[len(rows) // 2:])
+    return halve(np.arange(len(xy)))
+
+def _all_clusters(recording, peaks, shapes, model, method, seed, truncation, before, fewest=20, **options):
+    "`_clusters` of each area of the probe: (fit, features, rows of the peaks) of each, and all templates with their counts."
+    fits, templates, counts = [], [np.zeros((0, 2 * before + 1, recording.get_num_channels()), "float32")], [np.zeros(0)]
+    for area in _areas(recording.get_channel_locations()):
+        of = np.flatnonzero(np.isin(peaks.channel, area))
+        if len(of) < max(fewest, 2 * N_FEATURES): continue
+        near = np.flatnonzero(shapes.near[area].any(0))
+        fit, features, rows, _, t, c = _clusters(recording, Peaks(*(v[of] for v in peaks)), shapes, model, method, seed, truncation, before, near, fewest=fewest, **options)
+        fits.append((fit, features, of[rows])); templates.append(t); counts.append(c)
+    return fits, np.concatenate(templates), np.concatenate(counts)
 
 # %% ../nbs/13_sort.ipynb #21637751
 def _echoes(matched, bank, rate, part=.5, within=.004, tolerance=.00025):
@@ -922,7 +955,7 @@ class _Stages:
         self.times[self.name] = dict(wall=round(old["wall"] + wall, 3), cpu=round(old["cpu"] + cpu, 3))
         self.bar = None
 
-# %% ../nbs/13_sort.ipynb #ab76ec28
+# %% ../nbs/13_sort.ipynb #95ab7675
 def _bank(units, before, rate, seconds):
     "Matching bank of units; firing rates as counted, half a spike per second at least."
     hz = np.maximum(units.counts / max(seconds, 1e-9), .5)
@@ -931,7 +964,7 @@ def _bank(units, before, rate, seconds):
 def _kept(units, rows):
     "Some of the templates, units numbered anew."
     unit = np.unique(units.unit[rows], return_inverse=True)[1] if len(rows) else np.zeros(0, int)
-    return _Units(units.templates[rows], unit, units.counts[rows])
+    return _Units(units.templates[rows], unit, units.counts[rows], units.judged[rows])
 
 def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options):
     "Cluster, match, look again, match: the units of a decorrelated recording."
@@ -939,33 +972,32 @@ def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncati
     seconds = n_total / rate
     stages.begin("cluster")
     wide = int(.003 * rate)
-    fit, features, rows, z, templates, counts = _clusters(white, peaks, shapes, model, method, seed, truncation, wide, fewest=fewest, smallest=smallest, **options)
+    fits, templates, counts = _all_clusters(white, peaks, shapes, model, method, seed, truncation, wide, fewest=fewest, smallest=smallest, **options)
     if not len(templates): raise RecordingError(f"No units found among {len(peaks.sample_index)} spikes: no cluster of at least {fewest} spikes stands out from the noise. Record longer, or lower threshold or fewest.")
-    scale = len(peaks.sample_index) / len(rows)
     kept, counts = _join_same(templates, counts, 3.)
     templates = templates[kept]
     before = _window(templates, counts, rate, wide)
     templates = templates[:, wide - before:wide + before + 1]
     kept = _not_sums(templates, counts, before)
-    units = _Units(templates[kept], np.arange(len(kept)), counts[kept] * scale)
+    units = _Units(templates[kept], np.arange(len(kept)), counts[kept], np.zeros(len(kept), bool))
     for r in range(rounds):
-        last = r == rounds - 1
         bar = stages.begin("match")
         bank = _bank(units, before, rate, seconds)
         matched = match(white, bank, sweeps=1, n_jobs=n_jobs, bar=bar)
         stages.begin("look again")
-        bad = _echoes(matched, bank, rate)
-        units = _look_again(white, matched, bank, shapes, model, method, seed, fewest=fewest)
+        was = len(units.unit)
+        units = _look_again(white, matched, bank, units.judged, shapes, model, method, seed, fewest=fewest)
         if r == 0:
             left = find(white, shapes, threshold=12., subtract=(matched, bank), n_jobs=n_jobs)
             if len(left.sample_index) > 2 * fewest:
-                *_, more, n_more = _clusters(white, left, shapes, model, method, seed, truncation, before, subtract=(matched, bank), fewest=fewest, smallest=smallest, most_power=1.25)
-                if len(more): units = _Units(np.concatenate([units.templates, more]), np.r_[units.unit, units.unit.max(initial=-1) + 1 + np.arange(len(more))], np.r_[units.counts, n_more])
+                _, more, n_more = _all_clusters(white, left, shapes, model, method, seed, truncation, before, subtract=(matched, bank), fewest=fewest, smallest=smallest, most_power=1.25)
+                if len(more): units = _Units(np.concatenate([units.templates, more]), np.r_[units.unit, units.unit.max(initial=-1) + 1 + np.arange(len(more))], np.r_[units.counts, n_more], np.r_[units.judged, np.zeros(len(more), bool)])
         size = np.linalg.norm(units.templates, axis=(1, 2))
         units = _kept(units, np.flatnonzero((size > smallest) & (units.counts >= fewest)))
         rows_, c = _join_same(units.templates, units.counts, 3.)
         units = _kept(units._replace(counts=np.array([c[list(rows_).index(i)] if i in rows_ else 0 for i in range(len(units.counts))])), rows_)
         units = _kept(units, _not_sums(units.templates, units.counts, before))
+        if len(units.unit) == was and len(np.unique(units.unit)) == was: break   # nothing was split, joined, added or dropped
     bar = stages.begin("match")
     for again in range(2):
         bank = _bank(units, before, rate, seconds)
@@ -975,7 +1007,7 @@ def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncati
         if not bad or again: break
         units = _kept(units._replace(counts=counts.astype(float)), np.array([k for k in range(len(counts)) if k not in bad], int))
     stages.begin("leftovers")
-    return fit, features, rows, z, matched, bank, _left_over(white, shapes, matched, bank, rate, n_jobs)
+    return fits, matched, bank, _left_over(white, shapes, matched, bank, rate, n_jobs)
 
 # %% ../nbs/13_sort.ipynb #9ec3532c
 def _trough(recording, matched, bank, most=500):
@@ -1009,16 +1041,16 @@ class _Memory:
         part.replace(path)
         return value
 
-# %% ../nbs/13_sort.ipynb #cce12dde
+# %% ../nbs/13_sort.ipynb #d58ee0a8
 class Sort:
     "The result of `sort`: what was sorted, the spikes and their units, how sure each is, and how it came about."
-    def __init__(self, labels, waveforms=None, features=None, fit=None, recording=None, templates=None, settings=None, timings=None):
+    def __init__(self, labels, waveforms=None, features=None, fit=None, recording=None, settings=None, timings=None, fits=None):
         self.labels = labels          # unit of each spike, -1: of none; coords sample_index, probability, entropy (spike)
         self.waveforms = waveforms    # (spike, time, channel), of the standardised recording
         self.features = features      # (spike, feature) that the model was fitted to
-        self.fit = fit                # DataTree
+        self.fit = fit                # DataTree; of the area of the probe with most spikes, where there are several
+        self.fits = [fit] if fits is None else fits # of every area
         self.recording = recording    # standardised SpikeInterface recording
-        self.templates = templates    # (unit, time, channel) of the standardised recording
         self.settings = settings or {}
         self.timings = timings or {}  # stage -> wall and cpu seconds
 
@@ -1056,7 +1088,7 @@ def _check_settings(model, method, **numbers):
     for name, value in numbers.items():
         if not value > 0: raise ValueError(f"{name}={value}; expected a positive number.")
 
-# %% ../nbs/13_sort.ipynb #36aee10f
+# %% ../nbs/13_sort.ipynb #b22ee05b
 def sort(
     recording, # SpikeInterface recording with a probe (`open_recording`)
     model=None, # None: `default_model`; name of a package model; or a function features -> pm.Model
@@ -1097,15 +1129,25 @@ def sort(
         shapes, peaks = keep("find", first)
         n = len(peaks.sample_index)
         if n < fewest: raise RecordingError(f"No units found: {n} spikes in {white.get_num_samples(0) / rate:.1f} s, fewer than the {fewest} that one unit must have. Record longer, or lower threshold or fewest.")
-        fit, features, rows, z, matched, bank, left = keep("units", lambda: _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options))
+        fits, matched, bank, left = keep("units", lambda: _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options))
         stages.begin("label")
         labels = _labels(standard, white, matched, bank, left, rate)
+        fit, features, rows = max(fits, key=lambda f: len(f[2]))
         w = _waveforms(recording, standard, labels, memory, seed) if waveforms else None
         x = xr.DataArray(features, dims=("spike", "feature"), name="features", attrs=dict(sampling_rate=rate), coords=dict(feature=[f"w_l{i}" for i in range(features.shape[1])],
-            channel=("feature", np.full(features.shape[1], -1)), latent=("feature", np.arange(features.shape[1])), sample_index=("spike", peaks.sample_index[rows])))
-        templates = None
+            channel=("feature", np.full(features.shape[1], -1)), latent=("feature", np.arange(features.shape[1])), sample_index=("spike", _nearest(labels["sample_index"].values, peaks.sample_index[rows], int(1e-3 * rate)))))
+        if "observed_data" in fit.children: fit["observed_data"] = fit["observed_data"].to_dataset().assign_coords(sample_index=x["sample_index"])
     finally: stages.end()
-    return Sort(labels, w, x, fit, standard, templates, settings, stages.times)
+    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits])
+
+# %% ../nbs/13_sort.ipynb #f55e046b
+def _nearest(known, wanted, within):
+    "The nearest of sorted times `known` to each of `wanted`, where it is within reach; else the time itself."
+    if not len(known): return wanted
+    i = np.clip(np.searchsorted(known, wanted), 1, max(1, len(known) - 1))
+    j = np.minimum(i, len(known) - 1)
+    best = np.where(np.abs(known[i - 1] - wanted) <= np.abs(known[j] - wanted), known[i - 1], known[j])
+    return np.where(np.abs(best - wanted) <= within, best, wanted)
 
 # %% ../nbs/13_sort.ipynb #3ab45043
 def _labels(standard, white, matched, bank, left, rate):
@@ -1244,7 +1286,7 @@ def save(self:Sort,
 
 Sort.save = save
 
-# %% ../nbs/13_sort.ipynb #08764b7a
+# %% ../nbs/13_sort.ipynb #c75bcb9c
 def load_sort(
     folder, # written by `Sort.save` or the command
     recording=None, # what was sorted; None: opened as run.json says, if it is still there
@@ -1270,7 +1312,7 @@ def load_sort(
     if (folder/"fit.nc").is_file():
         with xr.open_datatree(folder/"fit.nc", engine="h5netcdf") as held: fit = held.load()
     return Sort(labels, load_waveforms(folder/"waveforms.zarr") if (folder/"waveforms.zarr").is_dir() else None,
-        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, None, settings, run.get("timings", {}))
+        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, settings, run.get("timings", {}))
 
 # %% ../nbs/13_sort.ipynb #74b11a9c
 def _png(figure):
@@ -1284,7 +1326,7 @@ _style = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem 
 table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}td,th{padding:.2rem .55rem;text-align:right;border-bottom:1px solid #eee;font-variant-numeric:tabular-nums}th{background:#f6f6f6}img{max-width:100%}
 figure{margin:0}figcaption{color:#555;font-size:.85rem}dt{font-weight:600}dd{margin:0 0 .3rem 1rem}.doubt{background:#fff4e0}"""
 
-# %% ../nbs/13_sort.ipynb #d93b0702
+# %% ../nbs/13_sort.ipynb #3001eea8
 def make_report(
     result:Sort,
     arguments=None, # of the command
@@ -1323,22 +1365,13 @@ def make_report(
         figure("Amplitudes", "Amplitude of single spikes over the recording.", lambda: plots.amplitude_over_time(result.waveforms, u.labels_of(result.waveforms)))
     if result.features is not None and n:
         u = units.Clustering.of(result)
-        figure("Clusters", "The spikes that the model was fitted to, in the plane that separates their units best.", lambda: plots.clusters(result.features, u.labels_of(result.features) if u.features is None else _near_labels(result)))
+        figure("Clusters", "The spikes that the model was fitted to, in the plane that separates their units best.", lambda: plots.clusters(result.features, np.maximum(u.labels_of(result.features), -1)))
     rows = lambda d: "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in d.items()) + "</dl>"
     settings = rows(result.settings | ({"command": " ".join(map(str, arguments.get("argv", [])))} if arguments and arguments.get("argv") else {}))
     times = "<table><tr><th>stage<th>wall, s<th>CPU, s</tr>" + "".join(f"<tr><td>{escape(k)}<td>{v['wall']:.2f}<td>{v['cpu']:.2f}</tr>" for k, v in result.timings.items()) + "</table>"
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>spike_ppl report</title><style>{_style}</style>'
         f"<h1>{len(result.units)} units, {n:,} spikes</h1><p>{len(z) - n:,} more spikes belong to no unit. Sampling rate {rate:g} Hz. Status: {escape(status)}.</p>" + "".join(sections)
         + f"<h2>Settings</h2>{settings}<h2>Time per stage</h2>{times}<h2>Versions</h2>{rows(_versions())}</html>")
-
-def _near_labels(result, within=20):
-    "Unit of each spike of the features: that of the nearest labelled spike."
-    t, z = result.labels["sample_index"].values, result.labels.values
-    mine = result.features["sample_index"].values
-    if not len(t): return np.full(len(mine), -1)
-    i = np.clip(np.searchsorted(t, mine), 1, max(1, len(t) - 1))
-    i = np.where(np.abs(t[i - 1] - mine) <= np.abs(t[np.minimum(i, len(t) - 1)] - mine), i - 1, np.minimum(i, len(t) - 1))
-    return np.where(np.abs(t[i] - mine) <= within, z[i], -1)
 
 # %% ../nbs/13_sort.ipynb #821a9dc5
 def _parser():

@@ -361,6 +361,37 @@ def _cache(d):
     "What was found out about a model's structure; kept with the derivation's compiled functions."
     return getattr(d, "_plan", d).__dict__.setdefault("_inference", {})
 
+# %% ../nbs/06_inference.ipynb #f20cb82e
+def _hard_statistics(x, z, n_units, full):
+    "Statistics of units under given assignments."
+    spikes = Spikes(x)
+    N, D = np.bincount(z, minlength=n_units).astype(float), x.shape[1]
+    mean = np.stack([np.bincount(z, x[:, j], n_units) for j in range(D)], 1)/np.maximum(N, 1)[:, None]
+    y = x - mean[z]
+    if not full: return Statistics(N, mean, np.stack([np.bincount(z, y[:, j]**2, n_units) for j in range(D)], 1))
+    order = np.argsort(z, kind="stable")
+    ends = np.searchsorted(z[order], np.arange(n_units + 1))
+    return Statistics(N, mean, np.stack([y[order[a:b]].T @ y[order[a:b]] for a, b in zip(ends[:-1], ends[1:])]))
+
+# %% ../nbs/06_inference.ipynb #48f9dee6
+def _around(family, value):
+    "Natural parameters of a factor concentrated near a value."
+    v, name = np.asarray(value, float), family.name
+    if name == "Normal": return np.full(v.shape, 1e2), 1e2*v
+    if name == "MvNormal":
+        inner = family._in(v)
+        P = np.broadcast_to(1e2*np.eye(inner.shape[-1]), (*inner.shape, inner.shape[-1])).copy()
+        return P, 1e2*inner
+    if name == "Gamma": return np.full(v.shape, 10.), 10./v
+    if name == "InverseGamma": return np.full(v.shape, 10.), 10.*v
+    if name == "Beta": return 10*v, 10*(1 - v)
+    if name == "Dirichlet": return (10*v*v.shape[-1],)
+    if name == "Wishart":
+        nu = v.shape[-1] + 10.
+        return np.full(v.shape[:-2], nu), nu*np.linalg.inv(v)
+    if name == "Categorical": return (np.zeros((*v.shape, family.n_values)),)
+    raise ValueError(f"no factor near a value is known for the family {name!r}")
+
 # %% ../nbs/06_inference.ipynb #bcdaa94f
 def _empty(d):
     K, D = d.n_units, d.n_features
@@ -664,25 +695,7 @@ def _unlift(N, S, full, centre):
     else: scatter = np.maximum(S[:, D:] - N[:, None]*m*m, 0.)
     return Statistics(N, m + centre, scatter)
 
-# %% ../nbs/06_inference.ipynb #1b9e60f9
-def _around(family, value):
-    "Natural parameters of a factor concentrated near a value."
-    v, name = np.asarray(value, float), family.name
-    if name == "Normal": return np.full(v.shape, 1e2), 1e2*v
-    if name == "MvNormal":
-        inner = family._in(v)
-        P = np.broadcast_to(1e2*np.eye(inner.shape[-1]), (*inner.shape, inner.shape[-1])).copy()
-        return P, 1e2*inner
-    if name == "Gamma": return np.full(v.shape, 10.), 10./v
-    if name == "InverseGamma": return np.full(v.shape, 10.), 10.*v
-    if name == "Beta": return 10*v, 10*(1 - v)
-    if name == "Dirichlet": return (10*v*v.shape[-1],)
-    if name == "Wishart":
-        nu = v.shape[-1] + 10.
-        return np.full(v.shape[:-2], nu), nu*np.linalg.inv(v)
-    if name == "Categorical": return (np.zeros((*v.shape, family.n_values)),)
-    raise ValueError(f"no factor near a value is known for the family {name!r}")
-
+# %% ../nbs/06_inference.ipynb #f73d39c5
 def _settle(d, q, s, sweeps=1):
     "Update every parameter's factor in turn, in place."
     for _ in range(sweeps):
@@ -1032,19 +1045,7 @@ def gibbs_step(
     point[z] = d.family[z].draw((logits,), rng)
     return Sweep(point, None, float(logsumexp(logits, axis=-1).sum()))
 
-# %% ../nbs/06_inference.ipynb #f20cb82e
-def _hard_statistics(x, z, n_units, full):
-    "Statistics of units under given assignments."
-    spikes = Spikes(x)
-    N, D = np.bincount(z, minlength=n_units).astype(float), x.shape[1]
-    mean = np.stack([np.bincount(z, x[:, j], n_units) for j in range(D)], 1)/np.maximum(N, 1)[:, None]
-    y = x - mean[z]
-    if not full: return Statistics(N, mean, np.stack([np.bincount(z, y[:, j]**2, n_units) for j in range(D)], 1))
-    order = np.argsort(z, kind="stable")
-    ends = np.searchsorted(z[order], np.arange(n_units + 1))
-    return Statistics(N, mean, np.stack([y[order[a:b]].T @ y[order[a:b]] for a, b in zip(ends[:-1], ends[1:])]))
-
-# %% ../nbs/06_inference.ipynb #c66f58c4
+# %% ../nbs/06_inference.ipynb #16811985
 class _SplitMerge:
     "Split-merge Metropolis-Hastings step of a lowered mixture whose weights have a complete conditional."
     def __init__(self, d, spikes, roles=None, scans=4):
@@ -1188,6 +1189,36 @@ class _SplitMerge:
         new[w] = d.family[w].draw(d.natural(w, new, new_s), rng)
         return Sweep(new, new_s, state.log_density)
 
+    def labels(self, state, rng, tries=4):
+        """Moves over labels, the weights integrated out: a discrete parameter of the weights (how many units exist) one to four steps up or down, and two
+        units changing places, which matters where the weights have an order (sticks)."""
+        d, w = self.d, self.weights_variable()
+        point, s = state.point, state.statistics
+        counts = [k for k in d.parameters if d.family[k].name == "Categorical" and d.family[k].shape == ()]
+        ordered = d.family[w].name == "Beta"
+        if not counts and not ordered: return state
+        now = self.target(point, s)
+        for name in counts:
+            for _ in range(tries):
+                value = int(point[name]) + int(rng.choice([1, 1, 2, 4]))*(1 if rng.random() < .5 else -1)
+                if not 0 <= value < d.family[name].n_values: continue
+                new = {**point, name: np.asarray(value, dtype=np.asarray(point[name]).dtype)}
+                then = self.target(new, s)
+                if np.log(rng.random()) < then - now: point, now = new, then
+        free = np.flatnonzero(~self.roles.fixed)
+        for _ in range(tries if ordered else 0):
+            i, j = rng.choice(free, 2, replace=False)
+            order = np.arange(d.n_units); order[[i, j]] = j, i
+            rows = {k: np.asarray(point[k])[order[:len(point[k])]] for k in self.roles.unit}
+            new, t = {**point, **rows}, Statistics(*(v[order] for v in s))
+            then = self.target(new, t)
+            if np.log(rng.random()) < then - now:
+                z = point[d.assignments]
+                new[d.assignments] = order[z].astype(z.dtype)
+                point, s, now = new, t, then
+        point = {**point, w: d.family[w].draw(d.natural(w, point, s), rng)}
+        return Sweep(point, s, state.log_density)
+
     @staticmethod
     def assignment_density(gap, side, anchors):
         "Log-probability of a division given log-odds; the two anchors are given."
@@ -1292,7 +1323,7 @@ def _derived(model):
         except Exception: _competences[key] = model, None
     return _competences[key][1]
 
-# %% ../nbs/06_inference.ipynb #cebaaebe
+# %% ../nbs/06_inference.ipynb #e3ee64b0
 class ConjugateGibbs(BlockedStep):
     """Draw variables from their complete conditionals, derived from the model.
 
@@ -1347,7 +1378,7 @@ class ConjugateGibbs(BlockedStep):
                 _hard_statistics(self.spikes.take(np.arange(self.spikes.n)), np.asarray(natural[z]), d.n_units, d.structure == "full")
         state = Sweep(natural, s, np.nan)
         with _one_blas_thread:
-            if self.jump is not None and self.rng.random() < self.moves: state = self.jump(state, self.rng)
+            if self.jump is not None and self.rng.random() < self.moves: state = self.jump.labels(self.jump(state, self.rng), self.rng)
             state = gibbs_step(d, self.spikes, state, self.rng, self.names)
         if d.lowered: self._last = (np.array(state.point[z]), state.statistics)
         new = dict(point)
@@ -1502,7 +1533,7 @@ def _since(start): return tuple(b - a for a, b in zip(start, _clock()))
 
 _methods = ("gibbs", "vb", "nuts", "advi")
 
-# %% ../nbs/06_inference.ipynb #eec28203
+# %% ../nbs/06_inference.ipynb #65e84fa4
 def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, subset, resume, progressbar, start):
     clock = _clock()
     z, names = d.assignments, list(d.parameters)
@@ -1535,7 +1566,7 @@ def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, sub
                 states.append(state); generators.append(rng)
                 for t in range(-tune if resume is None else 0, draws):
                     before = jump.accepted.copy() if jump else np.zeros(2, int)
-                    if jump is not None and rng.random() < (.2 if t >= 0 else .5): state = jump(state, rng)
+                    if jump is not None and rng.random() < (.2 if t >= 0 else .5): state = jump.labels(jump(state, rng), rng)
                     state = gibbs_step(d, spikes, state, rng)
                     states[c] = state
                     if t >= 0:
@@ -1874,7 +1905,7 @@ def _spread(d, seed, chains):
         out.append({k: v for k, v in state.point.items() if k != d.assignments and k in d.family})
     return out
 
-# %% ../nbs/06_inference.ipynb #716a6274
+# %% ../nbs/06_inference.ipynb #fe49085a
 def _parameters(tree, model, draws):
     "Derivation, and points of the parameters spread evenly over the posterior."
     roles = json.loads(tree.attrs["roles"])
@@ -1890,7 +1921,7 @@ def _parameters(tree, model, draws):
         args, priors = json.loads(tree.attrs["model_args"]), json.loads(tree.attrs.get("model_priors", "{}"))
         k = max([2, *(v for v in args.values() if isinstance(v, int) and not isinstance(v, bool))])
         rows = min(len(observed), max(4*k, 64))
-        model = build(name, observed[:rows], **args, **({"priors": {k: np.asarray(v) if isinstance(v, list) else v for k, v in priors.items()}} if priors else {}))
+        model = build(name, observed[:rows], **{**args, **({"priors": {k: np.asarray(v) if isinstance(v, list) else v for k, v in priors.items()}} if priors else {})})
     d = derive(model)
     if d.lowered: d = _fast(d)
     if d.assignments is None: raise ValueError("predict and log_density need a model with assignments")

@@ -90,7 +90,7 @@ def geweke(build, prior, n, sweeps, moves, seed):
         state, jump.x = Sweep({**point, "z": z}, s, np.nan), x
         if moves: state = jump(state, rng)
         state = gibbs_step(d, Spikes(x), state, rng)
-        if moves: state = jump(state, rng)
+        if moves: state = jump.labels(jump(state, rng), rng)
         point = {k: v for k, v in state.point.items() if k != "z"}
         z = state.point["z"]
         out.append(summary(point, z, d))

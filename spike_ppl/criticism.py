@@ -918,7 +918,7 @@ def _save(self,
     with open(path, "w", encoding="utf-8") as f: f.write(page)
 Verdict.save = _save
 
-# %% ../nbs/09_criticism.ipynb #175e5727
+# %% ../nbs/09_criticism.ipynb #d523377b
 _meanings = dict(
     mean="the units' centres or weights do not reproduce the mean", sd="the spread of the features is not reproduced",
     max="the largest values are not reproduced: collisions, artefacts or heavy tails", min="the smallest values are not reproduced: collisions, artefacts or heavy tails",
@@ -948,13 +948,15 @@ def _figures(draw):
         fig.savefig(buffer, format="png"); out[title] = buffer.getvalue()
     return out
 
+_within = ("covariance", "kurtosis", "tails", "nearest", "outliers")
+
 def _judge_units(sure, checks, named_of):
     "The table of units: trusted or why not."
     rows = []
     two = checks.get("bimodality") if checks else None
     for b in range(sure.sizes["unit"]):
         g = lambda name: float(sure[name][b])
-        why = []
+        why = [f"only {int(sure['size'][b])} spikes, too few to judge"] if int(sure["size"][b]) < 20 else []
         if g("existence") < .9: why.append(f"exists with probability {g('existence'):.2f}")
         if g("false_positive") > .1: why.append(f"{_percent(g('false_positive'))} of its spikes are another's")
         if g("false_negative") > .1: why.append(f"{_percent(g('false_negative'))} of its true spikes are elsewhere")
@@ -964,15 +966,19 @@ def _judge_units(sure, checks, named_of):
         if two is not None and "unit_z" in two and named_of[b] in two["unit"].values:
             looks = float(two["unit_z"].sel(unit=named_of[b]))
             if looks > 4 and float(two["unit_p_value"].sel(unit=named_of[b])) < .02: why.append(f"its spikes look like two groups ({looks:.0f} sd beyond the model)")
+        odd = [name for name in _within if checks and name in checks and "unit_z" in checks[name] and named_of[b] in checks[name]["unit"].values
+               and _far(checks[name]["unit_z"].sel(unit=named_of[b])).max(initial=0) > 4]
+        if odd: why.append(f"its spikes are not what the model says of a unit ({', '.join(odd)})")
         rows.append(dict(spikes=int(sure["size"][b]), existence=round(g("existence"), 2), false_positive=round(g("false_positive"), 3), false_negative=round(g("false_negative"), 3),
                          confusable_with=int(sure.confusable_with[b]), merge=round(g("merge_probability"), 2), split=round(g("split_probability"), 2), trusted=not why, why_not="; ".join(why)))
     return pd.DataFrame(rows, index=pd.RangeIndex(len(rows), name="unit"), columns=["spikes", "existence", "false_positive", "false_negative", "confusable_with", "merge", "split", "trusted", "why_not"])
 
-# %% ../nbs/09_criticism.ipynb #400ad895
+# %% ../nbs/09_criticism.ipynb #68ed2704
 def _limit(fit, d):
     "Fraction of draws in which every unit that the model has is occupied, and their number."
     role = roles(fit)
-    k = fit["posterior"][role["weights"]].shape[-1] - (role["outlier_unit"] is not None)
+    k = fit["posterior"][role["weights"]].shape[-1]
+    k -= role["outlier_unit"] is not None and role["outlier_unit"] < k
     labels, names = _canonical(d.labels)
     return float(((_sizes(labels, names)[:, 1:] > 0).sum(1) >= k).mean()), k
 
@@ -1020,7 +1026,7 @@ def verdict(
     drawn = _figures(_plan(fit, d, sure, pmf, checks, left)) if figures else {}
     return Verdict(grade, headline, found, units, leave, drawn)
 
-# %% ../nbs/09_criticism.ipynb #616de8e1
+# %% ../nbs/09_criticism.ipynb #920c3b78
 def _say_number(fit, d, pmf, sure):
     "Sentences about the number of units."
     low, high = _interval(pmf)
@@ -1098,6 +1104,11 @@ def _headline(conv, units, found, fit, d):
     full, k = _limit(fit, d)
     if not len(units): return "do not trust", "No unit was found."
     if suspicious and full > .9 and k > 1: return "do not trust", f"Too few units: all {k} that the model allows are in use, and {len(suspicious)} of them look{'s' * (len(suspicious) == 1)} like two. Fit again with more."
+    odd = int(units.why_not.str.contains("not what the model says").sum())
+    if odd > len(units) / 2:
+        if full > .9 and k > 1: return "do not trust", (f"The model does not describe {odd} of its {len(units)} units, and all {k} that it allows are in use: their number is the model's limit, not the data's. "
+                                                        "Fit again with more units and a richer model of one.")
+        return "with care", f"Use it with care: the model does not describe the spikes within {odd} of {len(units)} units, so that its certainty is that of a wrong model."
     if share >= .8 and not suspicious: return "trust", f"Use it: {int(units.trusted.sum())} of {len(units)} units can be trusted as they are."
     if share == 0: return "do not trust", f"None of the {len(units)} units can be trusted as it stands; see why below."
     return "with care", f"Use it with care: {int(units.trusted.sum())} of {len(units)} units can be trusted as they are; look at the others first."

@@ -367,7 +367,7 @@ def _items(labels):
     rank = np.empty(len(order), int); rank[order] = np.arange(len(order))
     return np.ascontiguousarray(columns[first[order]].T), weight[order].astype(np.int64), rank[inverse.ravel()]
 
-# %% ../nbs/07_partition.ipynb #56ed89f6
+# %% ../nbs/07_partition.ipynb #229857f7
 @numba.njit(cache=True)
 def _gain(acc, size, table, cols, w, i, f, n_blocks):
     "Change of the expected loss when item i joins each block."
@@ -392,9 +392,12 @@ def _place(partition, size, table, cols, w, order, f, n_blocks):
     for i in order:
         old = partition[i]
         if old >= 0: _put(partition, size, table, cols, w, i, old, -1)
-        _gain(acc, size, table, cols, w, i, f, n_blocks)
+        top = n_blocks                                    # blocks up to the last one in use, and one more
+        while top > 1 and size[top - 1] == 0: top -= 1
+        top = min(max(top + 1, old + 1), n_blocks)
+        _gain(acc, size, table, cols, w, i, f, top)
         best, empty = -1, False
-        for a in range(n_blocks):
+        for a in range(top):
             if size[a] == 0:
                 if empty: continue
                 empty = True
@@ -479,7 +482,7 @@ def _agglomerative(search, most, limit=1200):
     start = np.full(m, -1, np.int64); start[index] = best
     return start
 
-# %% ../nbs/07_partition.ipynb #8193b446
+# %% ../nbs/07_partition.ipynb #1eb665da
 def _by_size(partition):
     "Blocks named 0, 1, ... by size, ties by first spike."
     names, first, inverse, size = np.unique(partition, return_index=True, return_inverse=True, return_counts=True)
@@ -492,7 +495,7 @@ def _point(d, loss, seed, starts, max_sweeps=50):
     rng = np.random.default_rng(seed)
     n = d.labels.shape[1]
     labels, _ = _canonical(d.labels)
-    keep = _even(len(labels), max(int(2e7 / n), 100))
+    keep = _even(len(labels), int(np.clip(1e6 / n, 200, 20_000)))
     labels = labels[keep]
     rows, w, item = _items(labels)
     names, m = int(rows.max()) + 1, len(w)
@@ -617,7 +620,7 @@ def _match_draws(blocks, pivot, k, max_rounds=20):
         q, old = counts + .5 / k, match
     return match, counts
 
-# %% ../nbs/07_partition.ipynb #b6ee055c
+# %% ../nbs/07_partition.ipynb #faaaf840
 def _unit_axis(name, shape, dims, unit_dim, k):
     "Axis of a variable that counts units, or None."
     if unit_dim in dims: return dims.index(unit_dim)
@@ -631,14 +634,15 @@ def _permute(ds, order, unit_dim, k, sample):
         axis = _unit_axis(name, v.shape, list(v.dims), unit_dim, k)
         if axis is None: continue
         values = v.values
+        order_ = order[..., :v.shape[axis]]
         if sample and v.dims[:2] == ("chain", "draw"):
             shape = [1] * values.ndim
-            shape[0], shape[1], shape[axis] = order.shape
-            values = np.take_along_axis(values, order.reshape(shape), axis)
-        elif not sample: values = np.take(values, order, axis)
+            shape[0], shape[1], shape[axis] = order_.shape
+            values = np.take_along_axis(values, order_.reshape(shape), axis)
+        elif not sample: values = np.take(values, order_, axis)
         else: continue
         bis = [a for a, dim in enumerate(v.dims) if dim == f"{unit_dim}_bis"]
-        if bis and not sample: values = np.take(values, order, bis[0])
+        if bis and not sample: values = np.take(values, order_, bis[0])
         new[name] = (v.dims, values, v.attrs)
     return ds.assign(new)
 
@@ -659,7 +663,7 @@ def _resticks(old, new, weights):
                 new = new.assign({name: (v.dims, sticks, v.attrs)})
     return new
 
-# %% ../nbs/07_partition.ipynb #77c6847a
+# %% ../nbs/07_partition.ipynb #8d8851e3
 def relabel(
     fit:xr.DataTree, # fit by any method
     seed:int=0, # of the search for the pivot
@@ -678,17 +682,18 @@ def relabel(
     if weights is None or weights not in posterior:
         raise ValueError(f"relabel needs draws of the weights; this fit's posterior holds {list(posterior.data_vars)} and its roles are {role}.")
     unit_dim, k = posterior[weights].dims[-1], posterior[weights].shape[-1]
-    inliers = np.arange(k) if outlier is None else np.delete(np.arange(k), outlier)
+    names = k + (outlier is not None and outlier >= k) # an outlier unit may have a weight among the others', or stand apart
+    inliers = np.array([u for u in range(k) if u != outlier])
     soft = _soft(fit)
     if soft is None and name not in posterior: fit = _with_assignments(fit, model, seed); posterior = fit["posterior"].to_dataset()
     c, d = posterior.sizes["chain"], posterior.sizes["draw"]
     if soft is not None:
         size = soft.transpose("spike", ...).values.sum(0)
         order = np.concatenate([inliers[np.argsort(-size[inliers], kind="stable")], [] if outlier is None else [outlier]]).astype(int)
-        orders, sizes = np.broadcast_to(order, (c, d, k)), np.broadcast_to(size[order], (c, d, k))
+        orders, sizes = np.broadcast_to(order, (c, d, names)), np.broadcast_to(size[order], (c, d, names))
     else:
         small = {int(u): j for j, u in enumerate(inliers)}
-        lookup = np.array([small.get(u, -1) for u in range(k)])
+        lookup = np.array([small.get(u, -1) for u in range(names)])
         z = posterior[name].transpose("chain", "draw", ...)
         step = max(int(cells / z.shape[2]), 1)
         blocks = lambda: (lookup[z[i, j:j + step].values] for i in range(c) for j in range(0, d, step))
@@ -698,16 +703,12 @@ def relabel(
         column = np.argsort(-counts.sum(0), kind="stable")
         rank = np.empty_like(column); rank[column] = np.arange(len(column))
         match = rank[match]
-        old = np.empty((c * d, k), int)
+        old, sizes = np.empty((c * d, names), int), np.zeros((c * d, names), int)
         np.put_along_axis(old, match, np.broadcast_to(inliers, match.shape), 1)
-        if outlier is not None: old[:, -1] = outlier
-        orders = old.reshape(c, d, k)
-        sizes = np.concatenate([_sizes(b + 1, len(inliers) + 1) for b in blocks()])
-        sizes = np.c_[sizes[:, 1:], sizes[:, :1]][:, :k] if outlier is not None else sizes[:, 1:]
-        full = np.zeros((c * d, k), int)
-        np.put_along_axis(full, match, sizes[:, :len(inliers)], 1)
-        if outlier is not None: full[:, -1] = sizes[:, -1]
-        sizes = full.reshape(c, d, k)
+        held = np.concatenate([_sizes(b + 1, len(inliers) + 1) for b in blocks()])
+        np.put_along_axis(sizes, match, held[:, 1:], 1)
+        if outlier is not None: old[:, -1], sizes[:, -1] = outlier, held[:, 0]
+        orders, sizes = old.reshape(c, d, names), sizes.reshape(c, d, names)
     return _apply(fit, orders, sizes, role, unit_dim, k, soft is not None)
 
 # %% ../nbs/07_partition.ipynb #30f0a966
@@ -734,7 +735,7 @@ def _with_groups(fit, **groups):
     tree.attrs = dict(fit.attrs)
     return tree
 
-# %% ../nbs/07_partition.ipynb #fe23ea9c
+# %% ../nbs/07_partition.ipynb #a1bde2f2
 def _apply(fit, orders, sizes, role, unit_dim, k, fixed):
     "The fit with units in the given order (chain, draw, unit): old index of each new unit."
     posterior = fit["posterior"].to_dataset().load()
@@ -757,10 +758,11 @@ def _apply(fit, orders, sizes, role, unit_dim, k, fixed):
         elif fixed and group in ("unit_probability", "optimisation"): ds = _permute(ds, orders[0, 0], unit_dim, k, False)
         groups[group] = ds
     stats = groups.get("sample_stats", xr.Dataset(coords=dict(chain=posterior["chain"], draw=posterior["draw"])))
-    groups["sample_stats"] = stats.assign(unit_size=(("chain", "draw", unit_dim), np.ascontiguousarray(sizes)))
+    groups["sample_stats"] = stats.assign(unit_size=(("chain", "draw", unit_dim), np.ascontiguousarray(sizes[..., :k])))
+    if sizes.shape[-1] > k: groups["sample_stats"]["outlier_size"] = (("chain", "draw"), np.ascontiguousarray(sizes[..., k]))
     out = xr.DataTree.from_dict(groups)
     out.attrs = dict(fit.attrs)
-    if role["outlier_unit"] is not None: role = role | dict(outlier_unit=k - 1)
+    if role["outlier_unit"] is not None: role = role | dict(outlier_unit=sizes.shape[-1] - 1)
     out.attrs["roles"], out.attrs["relabelled"] = json.dumps(role), 1
     return out
 

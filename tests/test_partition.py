@@ -241,6 +241,26 @@ def test_outlier_unit_is_minus_one():
     assert P.point_partition(named).values.tolist() == P.point_partition(tree).values.tolist()
 
 
+def test_outlier_unit_outside_the_weights():
+    "The outlier component may have no place among the weights: assignments then have one value more."
+    rng = np.random.default_rng(0)
+    base = np.array([0] * 10 + [1] * 15 + [2] * 5)
+    z = np.array([np.r_[rng.permutation(2), 2][base] for _ in range(12)]).reshape(2, 6, 30)
+    means = np.where(z[..., :1, None] == 0, np.array([[5.], [9.]]), np.array([[9.], [5.]]))
+    tree = as_fit(z, np.full((2, 6, 2), .5), means)
+    tree.attrs["roles"] = json.dumps(dict(assignments="z_", weights="pi_", observed="y_", outlier_unit=2))
+    named = P.relabel(tree)
+    assert (named["posterior"]["z_"].values == np.array([1] * 10 + [0] * 15 + [2] * 5)).all()
+    np.testing.assert_array_equal(named["posterior"]["mu_"].values, np.broadcast_to([[9.], [5.]], (2, 6, 2, 1)))
+    assert named["sample_stats"]["unit_size"].values[0, 0].tolist() == [15, 10] and named["sample_stats"]["outlier_size"].values[0, 0] == 5
+    assert P.roles(named)["outlier_unit"] == 2
+    assert P.certainty(tree).unit.values.tolist() == [1] * 10 + [0] * 15 + [-1] * 5
+    soft = vb_fit(np.eye(3)[base], outlier=2)
+    soft["posterior"] = xr.DataTree(soft["posterior"].to_dataset().isel(unit=slice(2)))
+    named = P.relabel(soft)
+    assert named["unit_probability"]["unit_probability"].values.argmax(1).tolist() == [1] * 10 + [0] * 15 + [2] * 5
+
+
 # ---------------------------------------------------------------- certainty
 
 def test_certainty_of_a_posterior_that_can_be_counted_by_hand():

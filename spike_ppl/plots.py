@@ -123,7 +123,7 @@ def _some(index, n, seed=0):
     index = np.asarray(index)
     return index if len(index) <= n else np.sort(np.random.default_rng(seed).choice(index, n, replace=False))
 
-# %% ../nbs/08_plots.ipynb #aac4941e
+# %% ../nbs/08_plots.ipynb #5bba3a87
 class _Layout:
     "Where the traces of a set of channels stand, and how large they are."
     def __init__(self, waveforms, channels=None, peak=None, limit=16, height=None):
@@ -173,7 +173,7 @@ class _Layout:
         x, y = self.xy.T
         pad = .62*self.width
         low = y.min() - (1.05 if bars else .75)*self.tall
-        ax.set(xlim=(x.min() - pad, x.max() + pad), ylim=(low, y.max() + .75*self.tall), xlabel="x [µm]", ylabel="y [µm]")
+        ax.set(xlim=(x.min() - pad, x.max() + pad), ylim=(low, y.max() + 1.02*self.tall), xlabel="x [µm]", ylabel="y [µm]")
         if labels:
             for (a, b), c in zip(self.xy, self.ids): _note(ax, a - .5*self.width, b + .12*self.tall, str(c), fontsize=6, alpha=.8)
         if not bars or scale is None: return ax

@@ -193,23 +193,6 @@ def test_nuts_is_calibrated_where_the_posterior_is_known():
 
 
 @pytest.mark.slow
-def test_split_merge_moves_free_a_stuck_chain():
-    rng = np.random.default_rng(4)
-    truth = np.repeat(np.arange(10), 40)
-    x = 8*rng.normal(size=(10, 3))[truth] + rng.normal(size=(400, 3))
-    from spike_ppl.models import gmm
-    m = gmm(x, 14)
-    # all spikes in two units: Gibbs alone stays near it
-    start = derive(m).initial()
-    start["assignments"] = (truth % 2).astype(np.int32)
-    kw = dict(draws=300, tune=1500, chains=1, seed=1, start=start, **quiet)
-    stuck, free = fit(m, "gibbs", moves=False, **kw), fit(m, "gibbs", **kw)
-    assert free["sample_stats"].lp.mean() > stuck["sample_stats"].lp.mean() + 50
-    z = free["posterior"].assignments.values[0, -1]
-    assert sum(len(set(z[truth == k])) == 1 for k in range(10)) >= 9
-
-
-@pytest.mark.slow
 def test_advi_is_a_baseline_that_runs():
     rng = np.random.default_rng(0)
     x = np.r_[rng.normal(-3, .5, 40), rng.normal(3, .5, 40)]

@@ -107,7 +107,7 @@ _WIDE = widgets.Layout
 
 def _link(owner, name, control): traitlets.link((owner, name), (control, "value")); return control
 
-# %% ../nbs/14_explore.ipynb #77ad038d
+# %% ../nbs/14_explore.ipynb #312ec0bf
 class RecordingExplorer(Explorer):
     "Scroll and zoom through a recording. Traits: `start` and `duration` (s), `view`, `channels`, `unit`."
     start = traitlets.Float(0.)
@@ -139,10 +139,10 @@ class RecordingExplorer(Explorer):
             self.spikes = c.sample_index[order], c.labels.values[order]
         self._slider = widgets.FloatSlider(min=0, max=max(self.total - .001, .001), step=.01, readout_format=".2f", description="start [s]", layout=_WIDE(width="420px"))
         self._zoom = widgets.FloatLogSlider(min=-2.3, max=np.log10(min(5, max(self.total, .01))), base=10, step=.05, description="length [s]", readout_format=".3f", layout=_WIDE(width="300px"))
-        self._view = widgets.ToggleButtons(options=["raw", "standardised"], style=dict(button_width="100px"))
+        self._view = widgets.ToggleButtons(options=["raw", "standardised"], style=dict(button_width="125px"))
         self._names = widgets.SelectMultiple(options=depth[::-1], rows=min(8, len(ids)), layout=_WIDE(width="90px"))
         self._sites = self._probe(ids, xy)
-        move = [_button(t, tip, partial(self.scroll, by), width="38px") for t, tip, by in (("⏮", "one page back", -1), ("◀", "a quarter back", -.25), ("▶", "a quarter on", .25), ("⏭", "one page on", 1))]
+        move = [_button(t, tip, partial(self.scroll, by), width="38px") for t, tip, by in (("◀◀", "one page back", -1), ("◀", "a quarter back", -.25), ("▶", "a quarter on", .25), ("▶▶", "one page on", 1))]
         units = [] if self.spikes is None else [("none", -1) if u < 0 else (str(u), int(u)) for u in np.unique(self.spikes[1])]
         self._unit = widgets.Dropdown(options=[("any", None)] + units, description="unit", layout=_WIDE(width="150px"), disabled=self.spikes is None)
         jump = [_button(t, tip, partial(self.jump, by), width="80px", disabled=self.spikes is None) for t, tip, by in (("◀ spike", "to the spike before", -1), ("spike ▶", "to the next spike", 1))]

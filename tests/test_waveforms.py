@@ -37,7 +37,7 @@ def test_true_subsample_shift_is_recovered(delta, size, peak, at, width):
     x = np.stack([size * (1. if c == peak else .4) * pulse(t - at - delta, width) for c in range(3)], 1)
     w = cut(recording_of(x), [at], clear=False)
     assert w.peak_channel.item() == peak
-    assert abs(w.subsample_shift.item() - delta) <= .051
+    assert abs(w.subsample_shift.item() - delta) <= .055          # half a step of the grid of tenths, and the interpolation's own error
     assert abs(w.amplitude.item() / -size - 1) < .01
     # after alignment the window shows the pulse as if it had been sampled at its trough
     expected = np.stack([size * (1. if c == peak else .4) * pulse(np.arange(-15, 16) + w.subsample_shift.item() - delta, width) for c in range(3)], 1)

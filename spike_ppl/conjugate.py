@@ -7,7 +7,7 @@ __all__ = ['NotConjugate', 'LogJoint', 'log_joint', 'Family', 'Normal', 'Gamma',
            'FiniteDiscrete', 'Conditional', 'complete_conditional', 'pseudo_spikes', 'Derivation', 'derive',
            'Conjugacy', 'conjugacy']
 
-# %% ../nbs/05_conjugate.ipynb #c9ad676f
+# %% ../nbs/05_conjugate.ipynb #c6d629b8
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import product
@@ -22,7 +22,7 @@ import pytensor
 import pytensor.tensor as pt
 from pymc.logprob.utils import local_remove_check_parameter
 from pymc.model.transform.conditioning import remove_value_transforms
-from pytensor.compile.mode import Mode, get_mode
+from pytensor.compile.mode import Mode
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, equal_computations
 from pytensor.graph.fg import FunctionGraph
@@ -774,7 +774,7 @@ def _simplex(D):
     basis = np.linalg.svd(corners)[2][:D]
     return corners @ basis.T * np.sqrt((D + 1) / D)
 
-# %% ../nbs/05_conjugate.ipynb #92656bdb
+# %% ../nbs/05_conjugate.ipynb #6c2ca8ec
 class _Plan:
     "Everything that depends on the structure of a model and not on its data: families, lowering and compiled functions."
     def __init__(self, whole, terms, constants, constant_values, exact):
@@ -950,7 +950,7 @@ class _Plan:
             inputs = [named[k] for k in labels]
             fn = pytensor.function(inputs, outputs, trust_input=True, mode=mode)
             if mode == "FAST_COMPILE" and any(len(n.inputs) > 31 for n in fn.maker.fgraph.apply_nodes):     # NumPy takes 32 operands at most
-                fn = pytensor.function(inputs, outputs, trust_input=True, mode=get_mode("FAST_COMPILE").excluding("local_add_canonizer"))
+                fn = pytensor.function(inputs, outputs, trust_input=True, mode=Mode(VMLinker(use_cloop=False, c_thunks=False), optimizer="merge"))
             self.compiled[key] = (fn, labels, [named[k].dtype for k in labels])
         return self.compiled[key]
 

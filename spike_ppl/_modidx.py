@@ -256,7 +256,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.conjugate._read': ('conjugate.html#_read', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._resized': ('conjugate.html#_resized', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._simplex': ('conjugate.html#_simplex', 'spike_ppl/conjugate.py'),
-                                     'spike_ppl.conjugate._small': ('conjugate.html#_small', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._total': ('conjugate.html#_total', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._unchecked': ('conjugate.html#_unchecked', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate.complete_conditional': ( 'conjugate.html#complete_conditional',

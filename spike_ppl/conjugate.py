@@ -624,7 +624,7 @@ class Conditional:
         "Expected sufficient statistics under the complete conditional."
         return self.family_.statistics(self.natural(point))
 
-# %% ../nbs/05_conjugate.ipynb #07727c3b
+# %% ../nbs/05_conjugate.ipynb #ed520e7e
 def _generic_base(joint, name):
     "A generic point of the support near the initial value (reading at 0 and 1 would meet PyMC's logpow)."
     value = joint.initial[name]
@@ -634,10 +634,6 @@ def _generic_base(joint, name):
 def _random_point(joint, families, rng):
     "A random point of the natural space; variables without a family stay at their initial value."
     return {k: (families[k].generic(v, rng) if k in families else v) for k, v in joint.initial.items()}
-
-def _small(joint):
-    "The observed data as they are; used in checks."
-    return list(joint.data.values())
 
 def _read(joint, name, family):
     "Natural parameters of `name` in a candidate family, as graphs of the other variables."

@@ -215,7 +215,7 @@ def templates_of(
 class JobFailed(RuntimeError):
     "A job could not be finished; the message says which, why, and what is kept."
 
-# %% ../nbs/12_scale.ipynb #ee510cbc
+# %% ../nbs/12_scale.ipynb #354fbc2b
 def run_jobs(
     job, # function of one task; pure and picklable
     tasks, # what it is called with, one after the other; `index` numbers the files
@@ -227,6 +227,8 @@ def run_jobs(
     write=save_found, # (result, path): how a result is kept
     read=load_found, # path -> result
     progressbar=True,
+    name="neighbourhoods", # of the progress bar, and of the tasks on a cluster's dashboard
+    of=None, # tasks that the folder is for, if these are not all of them
 )->list: # the results, in the order of the tasks
     "Run a job on every task; raises `JobFailed` if one fails for good, `OSError` if the disk is full."
     tasks = list(tasks)
@@ -235,7 +237,7 @@ def run_jobs(
     own_folder = tempfile.mkdtemp(prefix="spike_ppl_") if folder is None and where == "processes" else None   # finished jobs survive a broken pool
     folder = own_folder or folder
     paths = [None if folder is None else str((Path(folder)/f"part_{getattr(t, 'index', i):05d}.npz").absolute()) for i, t in enumerate(tasks)]
-    if folder is not None: _claim(Path(folder), key, len(tasks))
+    if folder is not None: _claim(Path(folder), key, len(tasks) if of is None else int(of))
     from tqdm.auto import tqdm
     out, left = {}, []
     for i, p in enumerate(paths):
@@ -243,13 +245,13 @@ def run_jobs(
             try: out[i] = read(p)
             except Exception: Path(p).unlink()   # not a result: made again
         if i not in out: left.append(i)
-    bar = tqdm(total=len(tasks), initial=len(out), desc="neighbourhoods", disable=not progressbar, leave=False)
+    bar = tqdm(total=len(tasks), initial=len(out), desc=name, disable=not progressbar, leave=False)
     def done(i, result): out[i] = result; bar.update()
     try:
         for attempt in range(retries + 1):
             if not left: break
             try:
-                if client is not None: _on_client(client, job, tasks, paths, left, write, retries, done)
+                if client is not None: _on_client(client, job, tasks, paths, left, write, name, done)
                 else: _locally(where, n_workers, job, tasks, paths, left, write, done)
             except _died() as e:
                 for i in left:   # what was finished before the pool broke
@@ -263,7 +265,7 @@ def run_jobs(
         bar.close()
         if own_folder: shutil.rmtree(own_folder, ignore_errors=True)
 
-# %% ../nbs/12_scale.ipynb #61e42d98
+# %% ../nbs/12_scale.ipynb #4e538e6c
 def _claim(folder, key, n):
     "Make the folder, or see that it belongs to this run."
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,16 +274,19 @@ def _claim(folder, key, n):
         theirs = json.loads(plan.read_text())
         if theirs != mine: raise ValueError(f"{str(folder)!r} holds parts of another run ({theirs['n']} parts, {theirs['key'][:200]!r}); this one has {n} parts, {str(key)[:200]!r}. Use another folder.")
     else:
-        part = folder/f".plan.{os.getpid()}.part"
+        part = folder/f".plan.{uuid.uuid4().hex}.part"
         try: part.write_text(json.dumps(mine)); os.replace(part, plan)
         finally: part.unlink(missing_ok=True)
+
+class _Lost(RuntimeError):
+    "A cluster gave up tasks that were not finished."
 
 def _died():
     "Exceptions that mean: the worker is gone, not: the job is wrong."
     from concurrent.futures.process import BrokenProcessPool
     try: from distributed.scheduler import KilledWorker
-    except ImportError: return (BrokenProcessPool,)
-    return (BrokenProcessPool, KilledWorker)
+    except ImportError: return (BrokenProcessPool, _Lost)
+    return (BrokenProcessPool, KilledWorker, _Lost)
 
 def _one(job, task, path, write):
     "Run one job and keep its result."
@@ -314,15 +319,18 @@ class _Call:
 
 def _run(job, task, path, write): return _one(job.value, task.value, path, write.value)
 
-def _on_client(client, job, tasks, paths, left, write, retries, done):
+def _on_client(client, job, tasks, paths, left, write, name, done):
     "On the workers of a cluster, results as they come."
     from dask.distributed import as_completed
     tag = uuid.uuid4().hex[:8]
-    remote = client.scatter(_Call(job), broadcast=True, hash=False)
-    futures = {client.submit(_run, remote, _Call(tasks[i]), paths[i], _Call(write), retries=retries, pure=False, key=f"spike_ppl-{tag}-{i}"): i for i in left}
+    futures = {client.submit(_run, _Call(job), _Call(tasks[i]), paths[i], _Call(write), pure=False, key=f"{name}-{tag}-{i}"): i for i in left}   # the job goes with each task: what is scattered to workers dies with them
+    lost = []
     try:
-        for future, result in as_completed(list(futures), with_results=True): done(futures[future], result)
+        for future, result in as_completed(list(futures), with_results=True):
+            if future.status == "finished": done(futures[future], result)
+            else: lost.append(futures[future])
     finally: client.cancel(list(futures))
+    if lost: raise _Lost(f"the scheduler gave up tasks {sorted(lost)[:8]}")
 
 # %% ../nbs/12_scale.ipynb #a1db96bb
 @numba.njit(cache=True, nogil=True)

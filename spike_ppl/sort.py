@@ -708,7 +708,7 @@ def _template(w, most=1.4):
     if middle > most: return None
     return w[left <= max(middle, 1.15)].mean(0)
 
-# %% ../nbs/13_sort.ipynb #4e3293db
+# %% ../nbs/13_sort.ipynb #0d9ccd59
 def _distances(templates, counts, largest=.5):
     "Distance of templates after the best shift and gain, in noise sd, less what the noise of the means accounts for; and the shift."
     K, T, C = templates.shape
@@ -727,10 +727,12 @@ def _distances(templates, counts, largest=.5):
     np.fill_diagonal(d, np.inf)
     return np.minimum(d, d.T), lag
 
-def _join_same(templates, counts, closer):
-    "Keep one of each set of templates that differ by less than `closer`; returns the rows kept and their counts."
+def _join_same(templates, counts, closer, gain_sd=.1):
+    "Keep one of each set of templates that differ, in shape and size, by less than `closer` times what noise and gain spread single spikes of one; returns the rows kept and their counts."
     kept, counts = list(range(len(templates))), np.asarray(counts, float).copy()
     d, _ = _distances(templates, counts) if len(kept) > 1 else (np.full((1, 1), np.inf), None)
+    size = np.linalg.norm(templates, axis=(1, 2))
+    d = np.hypot(d, (size[:, None] - size) / np.sqrt(1 + (gain_sd * (size[:, None] + size) / 2)**2))
     while True:
         part = d[np.ix_(kept, kept)]
         if not len(kept) or part.min() >= closer: return np.array(kept, int), counts[kept]

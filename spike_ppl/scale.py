@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['model_lock', 'Neighbourhood', 'neighbourhoods', 'Found', 'save_found', 'load_found', 'Labelled', 'cluster_part',
-           'PartJob', 'templates_of', 'JobFailed', 'run_jobs', 'coincidences', 'same_unit', 'Merged', 'merge',
-           'sort_in_parts', 'portable', 'job_key']
+           'part_seed', 'PartJob', 'templates_of', 'JobFailed', 'run_jobs', 'coincidences', 'same_unit', 'Merged',
+           'merge', 'LastTask', 'last_tasks', 'after_last_pass', 'sort_in_parts', 'share_of', 'missing_parts',
+           'MissingParts', 'portable', 'job_key']
 
 # %% ../nbs/12_scale.ipynb #54d3f4da
 import json, os, shutil, tempfile, threading, time, uuid
@@ -103,14 +104,14 @@ def load_found(
         where = Neighbourhood(text["index"], tuple(held["own"].tolist()), tuple(held["channels"].tolist()))
         return Found(where, *(held[k] for k in ("sample_index", "unit", "probability", "entropy", "peak_channel", "units", "templates", "n_averaged")), text["sampling_rate"], text["n_samples"], text["info"])
 
-# %% ../nbs/12_scale.ipynb #f06135bb
+# %% ../nbs/12_scale.ipynb #c1879fa6
 class Labelled(NamedTuple):
     "Spikes with their units."
     labels: xr.DataArray # (spike,) unit, -1: of none; coords sample_index, probability, entropy, peak_channel
     recording: object    # the standardised recording
     fit: object = None   # DataTree
 
-model_lock = threading.Lock()   # PyTensor compiles and runs for one thread of a process at a time
+model_lock = threading.RLock()   # PyTensor compiles and runs for one thread of a process at a time
 
 # %% ../nbs/12_scale.ipynb #bc9dc251
 def cluster_part(
@@ -154,7 +155,24 @@ def cluster_part(
     outlier = json.loads(fit.attrs.get("roles", "{}")).get("outlier_unit")
     return labelled(w, np.where(z == outlier, -1, z) if outlier is not None else z, p.max(1), np.maximum(entropy, 0), fit)
 
-# %% ../nbs/12_scale.ipynb #83aa3f49
+# %% ../nbs/12_scale.ipynb #e95e2202
+def part_seed(
+    seed, # of the whole
+    index, # number of a neighbourhood
+)->int:
+    "The seed of one neighbourhood."
+    return int(np.random.SeedSequence([int(seed), int(index)]).generate_state(1)[0] % 2**31)
+
+def _clock():
+    "CPU seconds of this process, or of this thread where it is one of several."
+    return time.process_time() if threading.current_thread() is threading.main_thread() else time.thread_time()
+
+def _use(since, clock, **more):
+    "Wall and CPU seconds since then, and the largest memory of the process so far."
+    import resource
+    return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **more)
+
+# %% ../nbs/12_scale.ipynb #7188c2b7
 class PartJob:
     "Sorts one neighbourhood: `job(neighbourhood) -> Found`."
     def __init__(self,
@@ -165,9 +183,8 @@ class PartJob:
     ): self.recording, self.sort, self.seed, self.options = recording, sort, int(seed), options
 
     def __call__(self, part:Neighbourhood)->Found:
-        t0, c0 = time.perf_counter(), time.process_time()
-        recording = self.recording.select_channels(list(part.channels))
-        seed = int(np.random.SeedSequence([self.seed, part.index]).generate_state(1)[0] % 2**31)
+        t0, c0 = time.perf_counter(), _clock()
+        recording, seed = self.recording.select_channels(list(part.channels)), part_seed(self.seed, part.index)
         rate, n_samples = float(recording.get_sampling_frequency()), int(recording.get_num_samples(0))
         import inspect
         sort = self.sort or cluster_part
@@ -184,9 +201,7 @@ class PartJob:
         if standard is None: standard = standardise(recording, seed=seed)
         units, templates, n_averaged = templates_of(standard, labels, seed=seed)
         order = np.argsort(labels["sample_index"].values, kind="stable")
-        import resource
-        info = dict(wall=time.perf_counter() - t0, cpu=time.process_time() - c0, peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, channels=len(part.channels),
-            spikes=int(labels.size), units=len(units), timings=getattr(result, "timings", None) or {})
+        info = _use(t0, c0, neighbourhood=part.index, channels=len(part.channels), spikes=int(labels.size), units=len(units), timings=getattr(result, "timings", None) or {})
         return Found(part, labels["sample_index"].values[order].astype("int64"), labels.values[order].astype("int64"), labels["probability"].values[order].astype(float),
             labels["entropy"].values[order].astype(float), np.asarray(labels["peak_channel"].values)[order], units, templates, n_averaged, rate, n_samples, json.loads(json.dumps(info, default=str)))
 
@@ -379,13 +394,14 @@ def same_unit(
         best = max(best, -.5 * points * (d2 * (1 / same - 1 / different) + np.log(same / different)))
     return float(trains + np.clip(best, -20, 20))
 
-# %% ../nbs/12_scale.ipynb #24477640
+# %% ../nbs/12_scale.ipynb #35b24eef
 class Merged(NamedTuple):
     "All neighbourhoods' results as one."
     labels: xr.DataArray    # (spike,) unit, -1: of none; coords sample_index, probability, entropy, peak_channel; by time
     units: xr.Dataset       # over `unit`: main_channel, x, y, neighbourhood, n_spikes, members, log_odds of the weakest link
     templates: list         # per unit: DataArray (time, channel) on the channels of its neighbourhood
     info: list              # per neighbourhood: what its job reported
+    timings: dict = {}      # stage -> wall and CPU seconds; of the jobs' own stages, summed over the neighbourhoods
 
 # %% ../nbs/12_scale.ipynb #edb5e7f4
 def merge(
@@ -474,7 +490,70 @@ def merge(
     units = xr.Dataset({k: ("unit", np.array([row[i] for row in table])) for i, k in enumerate(names)} if table else {k: ("unit", np.zeros(0)) for k in names}, coords=dict(unit=np.arange(len(table))))
     return Merged(labels, units, templates, [f.info for f in found])
 
-# %% ../nbs/12_scale.ipynb #722de86f
+# %% ../nbs/12_scale.ipynb #61fa6d3b
+class LastTask(NamedTuple):
+    "What the last pass over one neighbourhood is told; small, whatever the recording."
+    index: int             # number of the neighbourhood
+    part: Neighbourhood
+    units: np.ndarray      # (unit,) joined units that reach its channels
+    own: np.ndarray        # (unit,) bool: those whose main channel it owns
+    main_channel: list     # (unit,) channel id
+    n_spikes: np.ndarray   # (unit,) spikes found so far
+    sample_index: list     # per unit (spike,) times of some of its spikes, sorted
+
+# %% ../nbs/12_scale.ipynb #42237c91
+def last_tasks(
+    merged:Merged, # the joined units
+    parts, # all neighbourhoods
+    most=500, # spikes of a unit that its template is made of
+    least=3., # noise sd; a unit reaches a channel where its mean waveform exceeds this
+    seed=0,
+)->list: # of LastTask, one per neighbourhood
+    "What each neighbourhood must know of the joined units."
+    z, t, sure = merged.labels.values, merged.labels["sample_index"].values, merged.labels["probability"].values
+    order = np.argsort(z, kind="stable"); edges = np.searchsorted(z[order], np.arange(merged.units.sizes["unit"] + 1))
+    main, reaches, some = merged.units["main_channel"].values.tolist(), {}, []
+    for u, template in enumerate(merged.templates):
+        rows = order[edges[u]:edges[u + 1]]
+        good = rows[sure[rows] > .9]
+        rows = good if len(good) >= min(50, len(rows)) else rows
+        if len(rows) > most: rows = np.random.default_rng([seed, 7, u]).choice(rows, most, replace=False)
+        some.append(np.sort(t[rows]))
+        seen = np.asarray(template.channel.values)[np.abs(template.values).max(0) > least].tolist()
+        for c in {main[u], *seen}: reaches.setdefault(c, []).append(u)
+    tasks = []
+    for p in parts:
+        units = np.array(sorted({u for c in p.channels for u in reaches.get(c, ())}), int)
+        own = set(p.own)
+        tasks.append(LastTask(p.index, p, units, np.array([main[u] in own for u in units], bool), [main[u] for u in units], np.diff(edges)[units], [some[u] for u in units]))
+    return tasks
+
+# %% ../nbs/12_scale.ipynb #83f75d4e
+def after_last_pass(
+    merged:Merged, # before it
+    found, # result of each neighbourhood's last pass; units numbered as in `merged`
+)->Merged:
+    "The joined units with the spikes that the last pass gave them; units that it left none are gone."
+    found = sorted(found, key=lambda f: f.neighbourhood.index)
+    held = {int(u): f for f in found for u in f.units}
+    kept = [u for u in range(merged.units.sizes["unit"]) if u in held]
+    number = np.full(merged.units.sizes["unit"] + 1, -1); number[kept] = np.arange(len(kept))
+    t, z, p, h = (np.concatenate([getattr(f, k) for f in found]) for k in ("sample_index", "unit", "probability", "entropy"))
+    c = np.concatenate([np.asarray(f.peak_channel, merged.labels["peak_channel"].dtype) for f in found])
+    z = number[z]
+    order = np.lexsort((z, t))
+    labels = xr.DataArray(z[order].astype("int64"), dims="spike", name="unit", attrs=dict(merged.labels.attrs), coords=dict(sample_index=("spike", t[order].astype("int64")),
+        probability=("spike", p[order].astype(float)), entropy=("spike", h[order].astype(float)), peak_channel=("spike", c[order])))
+    units = merged.units.isel(unit=kept).assign_coords(unit=np.arange(len(kept)))
+    units["n_spikes"] = ("unit", np.bincount(z[z >= 0], minlength=len(kept)))
+    templates = []
+    for u in kept:
+        f, old = held[u], merged.templates[u]
+        mean = f.templates[np.flatnonzero(f.units == u)[0]]
+        templates.append(xr.DataArray(mean, dims=("time", "channel"), coords=dict(time=(np.arange(len(mean)) - len(mean) // 2) / f.sampling_rate * 1000, channel=list(f.neighbourhood.channels))))
+    return Merged(labels, units, templates, merged.info, merged.timings)
+
+# %% ../nbs/12_scale.ipynb #ea15e890
 def sort_in_parts(
     recording, # SpikeInterface recording with a probe
     sort=None, # function that sorts one neighbourhood; None: `cluster_part`
@@ -486,16 +565,70 @@ def sort_in_parts(
     n_workers=None, # of `run_jobs`
     folder=None, # keep finished neighbourhoods here, and go on from them
     retries=2, # of `run_jobs`
+    share=None, # (I, N): run only the I-th of N shares of the neighbourhoods, keep them in `folder`, and return None
+    missing="run", # neighbourhoods that `folder` does not hold: "run", or "refuse"
     progressbar=True,
     **options, # of the sorting function
 )->Merged:
     "Sort a recording by neighbourhoods; the result does not depend on where they run."
     parts = neighbourhoods(recording, radius, size)
+    key = job_key(recording, sort, seed, radius, size, options)
+    if share is not None and folder is None: raise ValueError("a share of the neighbourhoods needs a folder that all shares write to; give folder=.")
+    if missing == "refuse":
+        gone = missing_parts(folder, parts)
+        if gone: raise MissingParts(gone, len(parts), folder)
     elsewhere = not (isinstance(where, str) and where in ("serial", "threads"))
+    how = dict(where=where, n_workers=n_workers, key=key, retries=retries, progressbar=progressbar)
+    timings = {}
     with tempfile.TemporaryDirectory(prefix="spike_ppl_") as temporary:
         travels = portable(recording, Path(temporary)/"recording") if elsewhere else recording
-        job = PartJob(travels, sort, seed, **options)
-        return merge(run_jobs(job, parts, where, n_workers, folder, job_key(recording, sort, seed, radius, size, options), retries, progressbar=progressbar), recording)
+        t0 = time.perf_counter()
+        if share is not None:
+            run_jobs(PartJob(travels, sort, seed, **options), share_of(parts, *share), folder=folder, of=len(parts), **how)
+            return None
+        found = run_jobs(PartJob(travels, sort, seed, **options), parts, folder=folder, **how)
+        _add_times(timings, "neighbourhoods", t0, [f.info for f in found])
+        t0, c0 = time.perf_counter(), time.process_time()
+        merged = merge(found, recording)._replace(timings=timings)
+        timings["joining"] = dict(wall=round(time.perf_counter() - t0, 3), cpu=round(time.process_time() - c0, 3))
+        last = getattr(sort, "last_pass", None)
+        if last is None or not merged.units.sizes["unit"]: return merged
+        t0 = time.perf_counter()
+        again = run_jobs(last(travels, seed, **options), last_tasks(merged, parts, seed=seed), folder=None if folder is None else Path(folder)/"last_pass", name="last pass", **how)
+        _add_times(timings, "last pass", t0, [f.info for f in again])
+        return after_last_pass(merged, again)
+
+# %% ../nbs/12_scale.ipynb #2006b9dd
+def _add_times(timings, name, since, infos):
+    "Enter what the jobs reported: their CPU time, and that of each of their stages."
+    timings[name] = dict(wall=round(time.perf_counter() - since, 3), cpu=round(sum(i.get("cpu", 0.) for i in infos), 3))
+    for stage, used in ((f"{name}: {k}", v) for i in infos for k, v in i.get("timings", {}).items()):
+        old = timings.setdefault(stage, dict(wall=0., cpu=0.))
+        for k in old: old[k] = round(old[k] + used[k], 3)
+
+# %% ../nbs/12_scale.ipynb #df845796
+def share_of(
+    parts, # all neighbourhoods
+    index, # which share, from 0
+    of, # how many shares there are
+)->list:
+    "Every `of`-th neighbourhood from `index` on; none if there are fewer neighbourhoods."
+    if not (int(of) == of and of >= 1): raise ValueError(f"of={of!r}; expected a whole number of shares, 1 or more.")
+    if not (int(index) == index and 0 <= index < of): raise ValueError(f"share {index!r} of {of}; shares are numbered from 0 to {of - 1}.")
+    return list(parts)[int(index)::int(of)]
+
+def missing_parts(
+    folder, # of `run_jobs`
+    parts, # all neighbourhoods
+)->list: # of indices
+    "Neighbourhoods whose results a folder does not hold."
+    return [p.index for p in parts if not (Path(folder)/f"part_{p.index:05d}.npz").is_file()]
+
+class MissingParts(ValueError):
+    "Results that are needed are not there: `missing`, of `n` neighbourhoods."
+    def __init__(self, missing, n, folder):
+        self.missing, self.n = missing, n
+        super().__init__(f"{len(missing)} of {n} neighbourhoods are not in {str(folder)!r}: {', '.join(map(str, missing[:12]))}{', ...' if len(missing) > 12 else ''}. Run them first.")
 
 # %% ../nbs/12_scale.ipynb #a3b6cc25
 def portable(

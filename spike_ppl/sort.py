@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_FEATURES', 'whitening_filter', 'decorrelate', 'Shapes', 'learn_shapes', 'Peaks', 'find', 'cut_at', 'Bank',
-           'make_bank', 'Matched', 'match', 'default_model', 'Sort', 'sort', 'free_folder', 'save', 'load_sort',
-           'make_report', 'main', 'compare', 'cluster_peaks', 'register']
+           'make_bank', 'Matched', 'match', 'default_model', 'Sort', 'sort', 'LastPass', 'sort_by_neighbourhoods',
+           'free_folder', 'save', 'load_sort', 'make_report', 'main', 'compare', 'cluster_peaks', 'register']
 
 # %% ../nbs/13_sort.ipynb #1a7f9e39
 import argparse, functools, json, os, shutil, sys, time, warnings
@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-# %% ../nbs/13_sort.ipynb #67fc1309
+# %% ../nbs/13_sort.ipynb #7212182b
 from .recording import RecordingError, standardise, open_recording, demo_recording, hold, _stretches
+from .scale import MissingParts, missing_parts, model_lock, neighbourhoods, part_seed, share_of, sort_in_parts, Found, templates_of, _clock, _use
 
 # %% ../nbs/13_sort.ipynb #ef42ce72
 def _spike_free(x, threshold, guard):
@@ -665,14 +666,15 @@ def known_models():
 
 METHODS = ("vb", "gibbs", "nuts", "advi")
 
-# %% ../nbs/13_sort.ipynb #3cc05663
+# %% ../nbs/13_sort.ipynb #4481641d
 def _fit(features, model, method, seed, truncation, labels=None, progressbar=False, **options):
     "Fit a model to features; returns the fit and each spike's unit (-1: outlier)."
     from spike_ppl.inference import fit as infer, predict
-    if model is None: built = default_model(features, truncation)
-    elif isinstance(model, str): built = _model(model, features, truncation)
-    else: built = model(features)
-    fit = infer(built, method=method, seed=seed, progressbar=progressbar, **({"draws": 100} | options if method == "vb" else options))
+    with model_lock:   # neighbourhoods may be sorted on several threads
+        if model is None: built = default_model(features, truncation)
+        elif isinstance(model, str): built = _model(model, features, truncation)
+        else: built = model(features)
+        fit = infer(built, method=method, seed=seed, progressbar=progressbar, **({"draws": 100} | options if method == "vb" else options))
     if str(fit.attrs.get("stopped", "")).startswith("KeyboardInterrupt"): raise KeyboardInterrupt
     if method == "vb": p = fit["unit_probability"]["unit_probability"].transpose("spike", "unit").values; z = p.argmax(1)
     else:
@@ -939,20 +941,20 @@ def _echoes(matched, bank, rate, part=.5, within=.004, tolerance=.00025):
             if len(lags) and np.convolve(np.bincount(lags + reach, minlength=2 * reach), np.ones(wide), "same").max() > part * len(times[a]): bad.append(a); break
     return bad
 
-# %% ../nbs/13_sort.ipynb #fef4b691
+# %% ../nbs/13_sort.ipynb #ddef4c7d
 class _Stages:
     "Times and progress bars of the stages."
     def __init__(self, show=True): self.show, self.times, self.name, self.bar = show, {}, None, None
     def begin(self, name, total=1):
         self.end()
         from tqdm.auto import tqdm
-        self.name, self.t0 = name, (time.perf_counter(), time.process_time())
+        self.name, self.t0 = name, (time.perf_counter(), _clock())
         self.bar = tqdm(total=total, desc=f"{name:<22s}", disable=not self.show, file=sys.stderr, bar_format="{desc} {percentage:3.0f}%|{bar:28}| {elapsed}", leave=True, dynamic_ncols=False)
         return self.bar
     def end(self):
         if self.bar is None: return
         self.bar.update(self.bar.total - self.bar.n); self.bar.close()
-        wall, cpu = time.perf_counter() - self.t0[0], time.process_time() - self.t0[1]
+        wall, cpu = time.perf_counter() - self.t0[0], _clock() - self.t0[1]
         old = self.times.get(self.name, dict(wall=0., cpu=0.))
         self.times[self.name] = dict(wall=round(old["wall"] + wall, 3), cpu=round(old["cpu"] + cpu, 3))
         self.bar = None
@@ -1043,10 +1045,10 @@ class _Memory:
         part.replace(path)
         return value
 
-# %% ../nbs/13_sort.ipynb #d58ee0a8
+# %% ../nbs/13_sort.ipynb #bc0d3bbb
 class Sort:
     "The result of `sort`: what was sorted, the spikes and their units, how sure each is, and how it came about."
-    def __init__(self, labels, waveforms=None, features=None, fit=None, recording=None, settings=None, timings=None, fits=None):
+    def __init__(self, labels, waveforms=None, features=None, fit=None, recording=None, settings=None, timings=None, fits=None, neighbourhoods=None):
         self.labels = labels          # unit of each spike, -1: of none; coords sample_index, probability, entropy (spike)
         self.waveforms = waveforms    # (spike, time, channel), of the standardised recording
         self.features = features      # (spike, feature) that the model was fitted to
@@ -1055,6 +1057,7 @@ class Sort:
         self.recording = recording    # standardised SpikeInterface recording
         self.settings = settings or {}
         self.timings = timings or {}  # stage -> wall and cpu seconds
+        self.neighbourhoods = neighbourhoods or [] # what each neighbourhood's job reported, if it was sorted in parts
 
     @property
     def probability(self): return self.labels["probability"]
@@ -1215,6 +1218,115 @@ def _none(w, shifted, energy, where, reach, precision, log_prior):
         out[i] = np.exp(-total)
     return out
 
+# %% ../nbs/13_sort.ipynb #14ababc6
+def _mean_spike(recording, times, half, steps=8, pad=8):
+    "Mean window of spikes at times that are only known to the sample: each is moved to where it agrees best with the mean."
+    w = cut_at(recording, times, np.zeros(len(times)), half + pad, half + pad)
+    spectrum, turn = np.fft.rfft(w, axis=1), 2j * np.pi * np.fft.rfftfreq(w.shape[1])
+    lags, mean = np.arange(-steps, steps + 1) / steps, np.median(w, 0)
+    for _ in range(2):
+        cross = (spectrum * np.fft.rfft(mean, axis=0).conj()).sum(2)
+        best = lags[(cross @ np.exp(turn[:, None] * lags)).real.argmax(1)]
+        moved = np.fft.irfft(spectrum * np.exp(turn * best[:, None])[:, :, None], w.shape[1], axis=1)
+        mean = _template(moved, np.inf)
+    return mean[pad:-pad].astype("float32")
+
+# %% ../nbs/13_sort.ipynb #bf5c2972
+class LastPass:
+    "Matches the joined units over one neighbourhood: `job(LastTask) -> Found`, units numbered as they were joined."
+    def __init__(self,
+        recording, # SpikeInterface recording with a probe
+        seed=0, # of the whole
+        **options, # those of `sort`
+    ): self.recording, self.seed, self.options = recording, int(seed), options
+
+    def __call__(self, task)->Found:
+        t0, c0 = time.perf_counter(), _clock()
+        o = dict(freq_min=300., freq_max=None, fewest=25, memory=4e9, n_jobs=1) | self.options
+        recording, seed = self.recording.select_channels(list(task.part.channels)), part_seed(self.seed, task.index)
+        rate, n_total = float(recording.get_sampling_frequency()), int(recording.get_num_samples(0))
+        width = 2 * int(round(1e-3 * rate)) + 1
+        own = np.flatnonzero(task.own)
+        if not len(own): return self._found(task, None, np.zeros((0, width, len(task.part.channels)), "float32"), np.zeros(0, int), rate, n_total, t0, c0, {})
+        stages = _Stages(False)
+        try:
+            stages.begin("standardise")
+            standard = hold(standardise(recording, freq_min=o["freq_min"], freq_max=o["freq_max"] or .45 * rate, seed=seed), memory=o["memory"] / 2, n_jobs=o["n_jobs"])
+            stages.begin("whiten")
+            white = hold(decorrelate(standard, whitening_filter(standard, seed=seed)), memory=o["memory"] / 2, n_jobs=o["n_jobs"])
+            shapes = learn_shapes(white, seed=seed)
+            stages.begin("templates")
+            wide = int(.003 * rate)
+            inside = [t[(t > 2 * wide) & (t < n_total - 2 * wide)] for t in task.sample_index]
+            known = np.array([i for i, t in enumerate(inside) if len(t)], int)
+            templates, counts = np.stack([_mean_spike(white, inside[i], wide) for i in known]), np.array([len(inside[i]) for i in known])
+            before = _window(templates, counts, rate, wide)
+            units = _Units(templates[:, wide - before:wide + before + 1], known, task.n_spikes[known].astype(float), np.ones(len(known), bool))
+            stages.begin("match")
+            bank = _bank(units, before, rate, n_total / rate)
+            matched = match(white, bank, sweeps=2, n_jobs=o["n_jobs"])
+            stages.begin("leftovers")
+            peaks, none = _left_over(white, shapes, matched, bank, rate, o["n_jobs"])
+            stages.begin("label")
+            z = bank.unit[matched.template]
+            mine = np.isin(z, own)
+            ids, channels, mains = list(task.part.channels), set(task.part.own), np.array([task.part.channels.index(c) if c in task.part.channels else -1 for c in task.main_channel])
+            lone = np.array([ids[c] in channels for c in peaks.channel], bool) if len(peaks.channel) else np.zeros(0, bool)
+            q = np.clip(none[lone], 1e-12, 1 - 1e-12)
+            columns = [np.r_[(matched.start + _trough(standard, matched, bank)[matched.template])[mine], peaks.sample_index[lone]], np.r_[z[mine], np.full(len(q), -1)],
+                np.r_[np.clip(matched.probability[mine].astype(float), 0, 1), q], np.r_[np.maximum(matched.entropy[mine].astype(float), 0), -q * np.log(q) - (1 - q) * np.log(1 - q)],
+                np.array(ids)[np.r_[mains[z[mine]], peaks.channel[lone]]]]
+            keep = (columns[0] >= 0) & (columns[0] < n_total)
+            few = [i for i in own if (columns[1] == i).sum() < 1]
+            keep &= ~np.isin(columns[1], few)
+            order = np.lexsort((columns[1], columns[0])); order = order[keep[order]]
+            columns = [c[order] for c in columns]
+            import xarray as xr
+            labels = xr.DataArray(columns[1].astype("int64"), dims="spike", coords=dict(sample_index=("spike", columns[0].astype("int64")), peak_channel=("spike", columns[4])))
+            _, mean, n = templates_of(standard, labels, seed=seed)
+        finally: stages.end()
+        return self._found(task, columns, mean, n, rate, n_total, t0, c0, stages.times)
+
+    def _found(self, task, columns, mean, n, rate, n_total, t0, c0, times):
+        "Rows of the task's units as numbers of the joined ones."
+        if columns is None: columns = [np.zeros(0, "int64"), np.zeros(0, "int64"), np.zeros(0), np.zeros(0), np.array(task.part.channels)[:0]]
+        t, z, p, h, c = columns
+        unit = np.where(z >= 0, task.units[z], -1) if len(task.units) else z
+        ids = np.unique(unit[unit >= 0])
+        return Found(task.part, t.astype("int64"), unit.astype("int64"), p, h, c, ids, mean, n, rate, n_total, _use(t0, c0, neighbourhood=task.index, channels=len(task.part.channels), spikes=len(t), units=len(ids), timings=times))
+
+sort.last_pass = LastPass
+
+# %% ../nbs/13_sort.ipynb #44921c2b
+def sort_by_neighbourhoods(
+    recording, # SpikeInterface recording with a probe
+    model=None, # these as in `sort`
+    method="vb",
+    seed=0,
+    *,
+    radius=100., # µm around its own channels that a neighbourhood also reads
+    size=16, # most channels that a neighbourhood owns
+    where="serial", # "serial", "threads", "processes", or a `dask.distributed.Client`; the result does not depend on it
+    n_workers=None, # threads or processes
+    folder=None, # keep finished neighbourhoods here, and go on from them
+    missing="run", # neighbourhoods that `folder` does not hold: "run", or "refuse"
+    waveforms=True, # cut the waveforms of the spikes, of as many as fit into a fourth of `memory`
+    memory=4e9, # bytes for traces and waveforms, of each worker
+    progressbar=True,
+    **options, # of `sort`
+)->Sort:
+    "Units of a large probe: neighbourhoods sorted one by one, joined, and all spikes matched once more."
+    _check_settings(model, method)
+    merged = sort_in_parts(recording, sort, seed, radius=radius, size=size, where=where, n_workers=n_workers, folder=folder, missing=missing, progressbar=progressbar,
+        model=model, method=method, memory=memory, **options)
+    rate = float(recording.get_sampling_frequency())
+    if not merged.units.sizes["unit"]: raise RecordingError(f"No units found in {len(merged.info)} neighbourhoods. Record longer, or lower threshold or fewest.")
+    settings = dict(model=model if isinstance(model, str) else "default" if model is None else getattr(model, "__name__", "own"), method=method, seed=int(seed), radius=radius, size=size, neighbourhoods=len(merged.info),
+        freq_min=options.get("freq_min", 300.), freq_max=options.get("freq_max") or .45 * rate, **{k: v if isinstance(v, (int, float, str)) else repr(v) for k, v in options.items() if k not in ("freq_min", "freq_max")})
+    standard = standardise(recording, freq_min=settings["freq_min"], freq_max=settings["freq_max"], seed=seed)
+    w = _waveforms(recording, standard, merged.labels, memory / 10, seed) if waveforms else None
+    return Sort(merged.labels, w, None, None, standard, settings, merged.timings, neighbourhoods=merged.info)
+
 # %% ../nbs/13_sort.ipynb #a7fa697c
 def _write(path, text):
     "A whole file or none."
@@ -1239,7 +1351,7 @@ def _save_labels(labels, folder):
         entropy=labels["entropy"].values.astype("float64"), peak_channel=np.asarray(labels["peak_channel"].values).astype(str), sampling_rate=np.float64(labels.attrs["sampling_rate"]))
     _write(Path(folder)/"sorting.npz", held.getvalue())
 
-# %% ../nbs/13_sort.ipynb #4ad9cf06
+# %% ../nbs/13_sort.ipynb #89fda8d2
 def _into(self:Sort, folder, arguments=None, status="done", report=True):
     "Write everything that is there into an existing folder."
     from spike_ppl.waveforms import save_waveforms
@@ -1252,7 +1364,8 @@ def _into(self:Sort, folder, arguments=None, status="done", report=True):
     if self.features is not None: save_features(self.features, folder/"features.part.nc").replace(folder/"features.nc")
     if self.waveforms is not None: save_waveforms(self.waveforms, folder/"waveforms.zarr", overwrite=True)
     if report: _write(folder/"report.html", make_report(self, arguments, status))
-    write_run(folder, arguments, status, settings=self.settings, timings=self.timings, spikes=int((self.labels.values >= 0).sum()), unassigned=int((self.labels.values < 0).sum()), units=len(self.units))
+    write_run(folder, arguments, status, settings=self.settings, timings=self.timings, spikes=int((self.labels.values >= 0).sum()), unassigned=int((self.labels.values < 0).sum()), units=len(self.units),
+        **({"neighbourhoods": self.neighbourhoods} if self.neighbourhoods else {}))
 
 def write_run(folder, arguments=None, status="running", **more):
     "run.json: how the result came about."
@@ -1288,7 +1401,7 @@ def save(self:Sort,
 
 Sort.save = save
 
-# %% ../nbs/13_sort.ipynb #c75bcb9c
+# %% ../nbs/13_sort.ipynb #8d45ddcc
 def load_sort(
     folder, # written by `Sort.save` or the command
     recording=None, # what was sorted; None: opened as run.json says, if it is still there
@@ -1314,7 +1427,7 @@ def load_sort(
     if (folder/"fit.nc").is_file():
         with xr.open_datatree(folder/"fit.nc", engine="h5netcdf") as held: fit = held.load()
     return Sort(labels, load_waveforms(folder/"waveforms.zarr") if (folder/"waveforms.zarr").is_dir() else None,
-        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, settings, run.get("timings", {}))
+        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, settings, run.get("timings", {}), neighbourhoods=run.get("neighbourhoods"))
 
 # %% ../nbs/13_sort.ipynb #74b11a9c
 def _png(figure):
@@ -1328,7 +1441,7 @@ _style = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem 
 table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}td,th{padding:.2rem .55rem;text-align:right;border-bottom:1px solid #eee;font-variant-numeric:tabular-nums}th{background:#f6f6f6}img{max-width:100%}
 figure{margin:0}figcaption{color:#555;font-size:.85rem}dt{font-weight:600}dd{margin:0 0 .3rem 1rem}.doubt{background:#fff4e0}"""
 
-# %% ../nbs/13_sort.ipynb #3001eea8
+# %% ../nbs/13_sort.ipynb #3eef9dd3
 def make_report(
     result:Sort,
     arguments=None, # of the command
@@ -1368,6 +1481,11 @@ def make_report(
     if result.features is not None and n:
         u = units.Clustering.of(result)
         figure("Clusters", "The spikes that the model was fitted to, in the plane that separates their units best.", lambda: plots.clusters(result.features, np.maximum(u.labels_of(result.features), -1)))
+    if result.neighbourhoods:
+        names = dict(neighbourhood="neighbourhood", channels="channels read", spikes="spikes", units="units", wall="wall, s", cpu="CPU, s", peak_memory="memory of its process, MB")
+        value = lambda i, k: f"{i[k] / 1e6:.0f}" if k == "peak_memory" else f"{i[k]:.2f}" if k in ("wall", "cpu") else i[k]
+        sections.append("<h2>Neighbourhoods</h2><table><tr>" + "".join(f"<th>{n}" for n in names.values()) + "</tr>" + "".join("<tr>" + "".join(f"<td>{value(i, k)}" for k in names) + "</tr>" for i in result.neighbourhoods)
+            + "</table><p>What each found before their units were joined.</p>")
     rows = lambda d: "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in d.items()) + "</dl>"
     settings = rows(result.settings | ({"command": " ".join(map(str, arguments.get("argv", [])))} if arguments and arguments.get("argv") else {}))
     times = "<table><tr><th>stage<th>wall, s<th>CPU, s</tr>" + "".join(f"<tr><td>{escape(k)}<td>{v['wall']:.2f}<td>{v['cpu']:.2f}</tr>" for k, v in result.timings.items()) + "</table>"

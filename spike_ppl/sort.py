@@ -7,8 +7,8 @@ __all__ = ['N_FEATURES', 'whitening_filter', 'decorrelate', 'Shapes', 'learn_sha
            'make_bank', 'Matched', 'match', 'default_model', 'Sort', 'sort', 'LastPass', 'sort_by_neighbourhoods',
            'free_folder', 'save', 'load_sort', 'make_report', 'main', 'compare', 'cluster_peaks', 'register']
 
-# %% ../nbs/13_sort.ipynb #1a7f9e39
-import argparse, functools, json, os, shutil, sys, time, warnings
+# %% ../nbs/13_sort.ipynb #39a0d20f
+import argparse, functools, json, os, shutil, sys, time, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1327,12 +1327,14 @@ def sort_by_neighbourhoods(
     w = _waveforms(recording, standard, merged.labels, memory / 10, seed) if waveforms else None
     return Sort(merged.labels, w, None, None, standard, settings, merged.timings, neighbourhoods=merged.info)
 
-# %% ../nbs/13_sort.ipynb #a7fa697c
+# %% ../nbs/13_sort.ipynb #67779f71
 def _write(path, text):
     "A whole file or none."
-    part = Path(path).with_name(Path(path).name + ".part")
-    part.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    part.replace(path)
+    part = Path(path).with_name(f"{Path(path).name}.{uuid.uuid4().hex[:8]}.part")   # others may be writing the same file
+    try:
+        part.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        part.replace(path)
+    finally: part.unlink(missing_ok=True)
 
 def _versions():
     "Of what the result depends on."
@@ -1493,10 +1495,10 @@ def make_report(
         f"<h1>{len(result.units)} units, {n:,} spikes</h1><p>{len(z) - n:,} more spikes belong to no unit. Sampling rate {rate:g} Hz. Status: {escape(status)}.</p>" + "".join(sections)
         + f"<h2>Settings</h2>{settings}<h2>Time per stage</h2>{times}<h2>Versions</h2>{rows(_versions())}</html>")
 
-# %% ../nbs/13_sort.ipynb #821a9dc5
+# %% ../nbs/13_sort.ipynb #8db73fce
 def _parser():
     p = argparse.ArgumentParser(prog="spike-ppl", description="Bayesian spike sorting: which spikes belong to which neuron, and how sure.")
-    sub = p.add_subparsers(dest="command", required=True, metavar="{demo,sort}")
+    sub = p.add_subparsers(dest="command", required=True, metavar="{demo,sort,merge}")
     def common(q):
         q.add_argument("-o", "--output", metavar="DIR", help="folder for the result")
         q.add_argument("--model", help="model of the spikes' features: a name from spike_ppl.models (default: a Dirichlet-process mixture with an outlier component)")
@@ -1516,7 +1518,17 @@ def _parser():
     s.add_argument("--sampling-rate", type=float, metavar="HZ", help="of a flat binary file, Hz")
     s.add_argument("--dtype", metavar="T", help="sample type of a flat binary file (default int16)")
     s.add_argument("--channels", type=int, metavar="N", help="number of channels of a flat binary file; not needed with --geometry")
+    s.add_argument("--in-parts", choices=("auto", "yes", "no"), default="auto", help="sort overlapping neighbourhoods of channels one by one, --jobs at a time, and join their units (default: above 32 channels)")
+    s.add_argument("--size", type=int, default=16, help="most channels that a neighbourhood owns (default 16)")
+    s.add_argument("--radius", type=float, default=100., help="µm around its own channels that a neighbourhood also reads (default 100)")
+    s.add_argument("--memory", type=float, default=4., metavar="GB", help="for traces and waveforms, of each job (default 4)")
+    s.add_argument("--neighbourhood", type=int, metavar="I", help="sort only share I of the neighbourhoods, counted from 0, into DIR: those with number I, I + N, I + 2N, ...; `spike-ppl merge DIR` joins all shares")
+    s.add_argument("--of", type=int, metavar="N", help="number of shares; any will do, and one with nothing to do says so")
     common(s)
+    m = sub.add_parser("merge", help="join what `sort --neighbourhood` left in a folder", description="Join the neighbourhoods that `spike-ppl sort --neighbourhood I --of N -o DIR` sorted, and match all spikes once more.")
+    m.add_argument("output", metavar="DIR", help="their folder; the result is written there too")
+    m.add_argument("--jobs", type=int, default=1, help="processes for the last pass; the result does not depend on it (default 1)")
+    m.add_argument("--quiet", action="store_true", help="no progress bars")
     return p
 
 # %% ../nbs/13_sort.ipynb #1e1f46d9
@@ -1531,36 +1543,49 @@ def main(
     except (RecordingError, ValueError, TypeError, OSError) as e:
         print(f"spike-ppl: {e}", file=sys.stderr); return 2
 
-# %% ../nbs/13_sort.ipynb #bbc382e6
+# %% ../nbs/13_sort.ipynb #7e44f32e
 def _run(a, argv):
     "What `main` does; errors are raised."
     warnings.showwarning = lambda message, *_, **__: print(f"spike-ppl: note: {message}", file=sys.stderr)
+    if a.command == "merge": return _merge(a, argv)
     output = Path(a.output or ("demo" if a.command == "demo" else "sorted"))
     _check_settings(a.model, a.method, jobs=a.jobs, threshold=a.threshold)
     if a.seed < 0: raise ValueError(f"--seed {a.seed}; expected 0 or more.")
-    resuming = a.resume and output.is_dir() and (output/"run.json").is_file()
-    if output.exists() and not (a.overwrite or resuming): raise FileExistsError(f"{str(output)!r} exists already. Choose another folder, give --overwrite to replace it, or --resume to go on with an interrupted sort.")
+    share = None
+    if a.command == "sort":
+        _check_settings(None, "vb", size=a.size, memory=a.memory)
+        if not 0 <= a.radius < np.inf: raise ValueError(f"--radius {a.radius}; expected µm, 0 or more.")
+        if (a.neighbourhood is None) != (a.of is None): raise ValueError("--neighbourhood I and --of N belong together: share I of N, counted from 0.")
+        if a.of is not None:
+            share = a.neighbourhood, a.of
+            share_of([], *share)
+            if a.overwrite or a.in_parts == "no": raise ValueError("--neighbourhood adds to the shares that others write into the same folder; it does not go with --overwrite or --in-parts no.")
+    resuming = share is None and a.resume and output.is_dir() and (output/"run.json").is_file()
+    if share is None and output.exists() and not (a.overwrite or resuming): raise FileExistsError(f"{str(output)!r} exists already. Choose another folder, give --overwrite to replace it, or --resume to go on with an interrupted sort.")
     truth = None
     if a.command == "demo":
         if not a.duration > 0: raise ValueError(f"--duration {a.duration}; expected a positive number of seconds.")
         recording, truth = demo_recording(seed=a.seed, duration=a.duration)
-        arguments = dict(command="demo", duration=a.duration)
+        arguments, in_parts = dict(command="demo", duration=a.duration), False
     else:
         how = {k: v for k, v in dict(sampling_rate=a.sampling_rate, dtype=a.dtype, n_channels=a.channels, geometry=a.geometry).items() if v is not None}
         recording = open_recording(a.recording, **how)
-        arguments = dict(command="sort", recording=str(Path(a.recording).absolute()), **(how | ({"geometry": str(Path(a.geometry).absolute())} if a.geometry else {})))
+        in_parts = share is not None or a.in_parts == "yes" or (a.in_parts == "auto" and recording.get_num_channels() > 32)
+        arguments = dict(command="sort", recording=str(Path(a.recording).absolute()), **(how | ({"geometry": str(Path(a.geometry).absolute())} if a.geometry else {})), memory=a.memory)
+        if in_parts: arguments |= dict(size=a.size, radius=a.radius)
     arguments |= dict(output=str(output), model=a.model, method=a.method, seed=a.seed, threshold=a.threshold, jobs=a.jobs, argv=argv)
+    if share is not None: return _share(share, recording, output, arguments, a)
     if resuming:
         before = json.loads((output/"run.json").read_text())
-        same = {k: before["arguments"].get(k) for k in arguments} == json.loads(json.dumps(arguments)) | {k: before["arguments"].get(k) for k in ("argv", "jobs", "output")}
-        if not same: raise ValueError(f"{str(output)!r} was begun with other arguments ({' '.join(before['arguments'].get('argv', []))}); --resume needs the same ones.")
+        if not _same_arguments(before, arguments): raise ValueError(f"{str(output)!r} was begun with other arguments ({' '.join(before['arguments'].get('argv', []))}); --resume needs the same ones.")
         folder, made = output, False
     else: folder, made = free_folder(output, a.overwrite), True
     inner = folder/"progress"
     result = None
     try:
         write_run(folder, arguments, "running")
-        result = sort(recording, model=a.model, method=a.method, seed=a.seed, n_jobs=a.jobs, threshold=a.threshold, folder=inner, progressbar=not a.quiet)
+        if in_parts: result = _in_parts(recording, arguments, inner, a)
+        else: result = sort(recording, model=a.model, method=a.method, seed=a.seed, n_jobs=a.jobs, threshold=a.threshold, folder=inner, progressbar=not a.quiet, **({"memory": a.memory * 1e9} if a.command == "sort" else {}))
         _into(result, folder, arguments)
         shutil.rmtree(inner, ignore_errors=True)
     except KeyboardInterrupt:
@@ -1572,8 +1597,73 @@ def _run(a, argv):
         if made and not full: shutil.rmtree(folder, ignore_errors=True)
         if full: raise OSError(f"{e}. What was done is in {str(folder)!r}; --resume goes on from there.") from e
         raise
-    print(f"{len(result.units)} units, {int((result.labels.values >= 0).sum()):,} spikes; report: {folder/'report.html'}")
+    _say(result, folder)
     if truth is not None: print(_compared(truth, result))
+    return 0
+
+def _say(result, folder): print(f"{len(result.units)} units, {int((result.labels.values >= 0).sum()):,} spikes; report: {Path(folder)/'report.html'}")
+
+def _same_arguments(before, arguments):
+    "Whether a folder's run.json and these arguments give the same result."
+    free = ("argv", "jobs", "output", "of")
+    return {k: v for k, v in before["arguments"].items() if k not in free} == {k: v for k, v in json.loads(json.dumps(arguments)).items() if k not in free}
+
+def _settings_of(arguments): return {k: arguments[k] for k in ("model", "method", "seed", "threshold", "size", "radius")} | dict(memory=arguments["memory"] * 1e9)
+
+def _in_parts(recording, arguments, folder, a, missing="run"):
+    "Sort by neighbourhoods, on processes if more than one job is wanted."
+    return sort_by_neighbourhoods(recording, where="processes" if a.jobs > 1 else "serial", n_workers=a.jobs, folder=folder, missing=missing, progressbar=not a.quiet, **_settings_of(arguments))
+
+def _share(share, recording, output, arguments, a):
+    "Sort one share of the neighbourhoods into a folder that other shares may be writing to."
+    arguments["of"] = share[1]
+    parts = neighbourhoods(recording, arguments["radius"], arguments["size"])
+    mine = share_of(parts, *share)
+    if (output/"run.json").is_file():
+        before = json.loads((output/"run.json").read_text())
+        if before["status"] == "done": raise FileExistsError(f"{str(output)!r} holds a finished sort. Choose another folder.")
+        if not _same_arguments(before, arguments): raise ValueError(f"{str(output)!r} was begun with other arguments ({' '.join(before['arguments'].get('argv', []))}); all shares need the same ones.")
+    elif output.exists() and (not output.is_dir() or any(p.name != "progress" and not p.name.endswith(".part") for p in output.iterdir())):
+        raise FileExistsError(f"{str(output)!r} exists and is not the folder of other shares. Choose another folder.")
+    else:
+        try: output.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise PermissionError(f"{str(output)!r} cannot be written ({e.strerror}). Choose a folder in which you may write.") from e
+        write_run(output, arguments, "in parts")
+    settings = _settings_of(arguments)
+    sort_in_parts(recording, sort, settings.pop("seed"), where="processes" if a.jobs > 1 else "serial", n_workers=a.jobs, folder=output/"progress", share=share, progressbar=not a.quiet, **settings)
+    left = missing_parts(output/"progress", parts)
+    done = f"neighbourhoods {', '.join(str(p.index) for p in mine)} are done" if mine else f"share {share[0]} of {share[1]} has nothing to do: there are {len(parts)} neighbourhoods"
+    print(f"{done}; {len(parts) - len(left)} of {len(parts)} are in {str(output)!r}" + ("" if left else f"; next: spike-ppl merge {output}"))
+    return 0
+
+def _share_command(arguments, index):
+    "The command of one share."
+    import shlex
+    flags = dict(geometry="--geometry", sampling_rate="--sampling-rate", dtype="--dtype", n_channels="--channels", model="--model", method="--method", seed="--seed", threshold="--threshold", size="--size", radius="--radius", memory="--memory")
+    usual = dict(method="vb", seed=0, threshold=8., size=16, radius=100., memory=4.)
+    given = [w for k, f in flags.items() if arguments.get(k) is not None and arguments[k] != usual.get(k) for w in (f, f"{arguments[k]:g}" if isinstance(arguments[k], float) else str(arguments[k]))]
+    return shlex.join(["spike-ppl", "sort", arguments["recording"], *given, "--neighbourhood", str(index), "--of", str(arguments["of"]), "-o", arguments["output"]])
+
+def _merge(a, argv):
+    "Join the shares in a folder."
+    folder = Path(a.output)
+    _check_settings(None, "vb", jobs=a.jobs)
+    if not (folder/"run.json").is_file(): raise FileNotFoundError(f"{str(folder)!r} holds no run.json; expected a folder that `spike-ppl sort --neighbourhood I --of N -o DIR` wrote.")
+    run = json.loads((folder/"run.json").read_text())
+    arguments = run["arguments"] | dict(output=str(folder))
+    if run["status"] == "done": raise FileExistsError(f"{str(folder)!r} holds a finished sort already.")
+    if "of" not in arguments: raise ValueError(f"{str(folder)!r} is not the folder of shares; an interrupted sort goes on with --resume.")
+    recording = open_recording(arguments["recording"], **{k: arguments[k] for k in ("sampling_rate", "dtype", "n_channels", "geometry") if arguments.get(k) is not None})
+    try: result = _in_parts(recording, arguments, folder/"progress", a, missing="refuse")
+    except MissingParts as e:
+        shares = sorted({i % arguments["of"] for i in e.missing})
+        raise ValueError(f"{len(e.missing)} of {e.n} neighbourhoods are not in {str(folder)!r} yet: {', '.join(map(str, e.missing[:12]))}{', ...' if len(e.missing) > 12 else ''}. What makes them:\n"
+            + "\n".join("  " + _share_command(arguments, i) for i in shares[:12]) + ("\n  ..." if len(shares) > 12 else "")) from e
+    except OSError as e: raise OSError(f"{e}. What was done is in {str(folder)!r}; run the command again to go on.") from e
+    try: _into(result, folder, arguments | dict(argv=argv))
+    except OSError as e: raise OSError(f"{e}. What was done is in {str(folder)!r}; run the command again to go on.") from e
+    shutil.rmtree(folder/"progress", ignore_errors=True)
+    _say(result, folder)
     return 0
 
 def _leave(folder, inner, arguments, result, recording):
@@ -1590,7 +1680,7 @@ def _leave(folder, inner, arguments, result, recording):
         labels = xr.DataArray(np.full(len(t), -1), dims="spike", attrs=dict(sampling_rate=rate), coords=dict(sample_index=("spike", t), probability=("spike", np.ones(len(t))),
             entropy=("spike", np.zeros(len(t))), peak_channel=("spike", np.asarray(recording.channel_ids)[c])))
     _save_labels(labels, folder)
-    done = sorted(p.stem for p in inner.glob("*.pkl")) if inner.is_dir() else []
+    done = sorted(p.stem for p in (*inner.glob("*.pkl"), *inner.glob("part_*.npz"))) if inner.is_dir() else []
     write_run(folder, arguments, "interrupted", stages_done=done, spikes=int((labels.values >= 0).sum()), unassigned=int((labels.values < 0).sum()), units=len(set(labels.values[labels.values >= 0].tolist())))
 
 def _compared(truth, result):

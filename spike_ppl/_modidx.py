@@ -1113,6 +1113,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spike_ppl.sort._best': ('sort.html#_best', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._centred_spikes': ('sort.html#_centred_spikes', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._check_settings': ('sort.html#_check_settings', 'spike_ppl/sort.py'),
+                                'spike_ppl.sort._cleaned_templates': ('sort.html#_cleaned_templates', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._clustering': ('sort.html#_clustering', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._clusters': ('sort.html#_clusters', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._compared': ('sort.html#_compared', 'spike_ppl/sort.py'),

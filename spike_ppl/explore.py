@@ -19,7 +19,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from . import plots
 from .units import Clustering, Curation, templates, similarity, merge_suggestions, split_suggestions, unit_table
 
-# %% ../nbs/14_explore.ipynb #f7a472ae
+# %% ../nbs/14_explore.ipynb #0734637c
+def _empty(ax):
+    "Take everything drawn out of axes. Their ticks stay: making those anew is most of the cost of a small figure."
+    for a in [*ax.lines, *ax.collections, *ax.patches, *ax.texts, *ax.images, *ax.artists]: a.remove()
+    if ax.get_legend() is not None: ax.get_legend().remove()
+    ax.set_axis_on(); ax.set_visible(True)
+    ax.set(title="", xlabel="", ylabel="", aspect="auto", xscale="linear", yscale="linear", xlim=(0, 1), ylim=(0, 1))    # the scales bring back plain locators
+    ax.set_prop_cycle(None); ax.relim(); ax.autoscale(True)
+    return plots.plain(ax)
+
+# %% ../nbs/14_explore.ipynb #3904e4da
 class Panel:
     "One figure in an image widget; `show(draw)` draws it again."
     def __init__(self,
@@ -30,7 +40,7 @@ class Panel:
     ):
         self.size, self.dpi, self.margins, self.drawn = (width, height), dpi, margins, 0
         self.image = widgets.Image(format="png", layout=widgets.Layout(width=f"{int(width*dpi)}px", height=f"{int(height*dpi)}px", max_width="100%", object_fit="contain"))
-        self.axes = []
+        self.axes, self._own = [], []
 
     @property
     def ax(self): return self.axes[0]
@@ -39,13 +49,17 @@ class Panel:
         draw, # function of the axes (or of the array of axes)
         n:int=1, # axes side by side
     ):
-        "Clear, draw, and put the picture into the widget."
-        self.figure = Figure(figsize=self.size, dpi=self.dpi, facecolor="none")    # making a new one is quicker than clearing one
-        self.canvas = FigureCanvasAgg(self.figure)
-        left, bottom, right, top = self.margins
-        grid = self.figure.add_gridspec(1, n, left=left, bottom=bottom, right=right, top=top, wspace=.32)
-        self.axes = [plots.plain(self.figure.add_subplot(grid[0, i])) for i in range(n)]
-        draw(self.axes[0] if n == 1 else np.array(self.axes, dtype=object))
+        "Empty the axes, draw, and put the picture into the widget."
+        if len(self._own) == n and self.figure.axes == self._own:
+            for a in [*self.figure.legends, *self.figure.texts]: a.remove()
+            for a in self._own: _empty(a)
+        else:
+            self.figure = Figure(figsize=self.size, dpi=self.dpi, facecolor="none")
+            self.canvas = FigureCanvasAgg(self.figure)
+            left, bottom, right, top = self.margins
+            grid = self.figure.add_gridspec(1, n, left=left, bottom=bottom, right=right, top=top, wspace=.32)
+            self._own = [plots.plain(self.figure.add_subplot(grid[0, i])) for i in range(n)]
+        draw(self._own[0] if n == 1 else np.array(self._own, dtype=object))
         self.axes = list(self.figure.axes)
         self.render()
 
@@ -107,7 +121,7 @@ _WIDE = widgets.Layout
 
 def _link(owner, name, control): traitlets.link((owner, name), (control, "value")); return control
 
-# %% ../nbs/14_explore.ipynb #312ec0bf
+# %% ../nbs/14_explore.ipynb #ee6c4ac8
 class RecordingExplorer(Explorer):
     "Scroll and zoom through a recording. Traits: `start` and `duration` (s), `view`, `channels`, `unit`."
     start = traitlets.Float(0.)
@@ -142,7 +156,7 @@ class RecordingExplorer(Explorer):
         self._view = widgets.ToggleButtons(options=["raw", "standardised"], style=dict(button_width="125px"))
         self._names = widgets.SelectMultiple(options=depth[::-1], rows=min(8, len(ids)), layout=_WIDE(width="90px"))
         self._sites = self._probe(ids, xy)
-        move = [_button(t, tip, partial(self.scroll, by), width="38px") for t, tip, by in (("◀◀", "one page back", -1), ("◀", "a quarter back", -.25), ("▶", "a quarter on", .25), ("▶▶", "one page on", 1))]
+        move = [_button(t, tip, partial(self.scroll, by), width="48px") for t, tip, by in (("◀◀", "one page back", -1), ("◀", "a quarter back", -.25), ("▶", "a quarter on", .25), ("▶▶", "one page on", 1))]
         units = [] if self.spikes is None else [("none", -1) if u < 0 else (str(u), int(u)) for u in np.unique(self.spikes[1])]
         self._unit = widgets.Dropdown(options=[("any", None)] + units, description="unit", layout=_WIDE(width="150px"), disabled=self.spikes is None)
         jump = [_button(t, tip, partial(self.jump, by), width="80px", disabled=self.spikes is None) for t, tip, by in (("◀ spike", "to the spike before", -1), ("spike ▶", "to the next spike", 1))]
@@ -617,7 +631,7 @@ class UnitExplorer(Explorer):
             cross(axs[1])
         panel.show(line, 2)
 
-# %% ../nbs/14_explore.ipynb #9069d251
+# %% ../nbs/14_explore.ipynb #26ca62c9
 class FitExplorer(Explorer):
     "Choose fits, see their traces and checks, compare them. Traits: `chosen` (names), `variable`, `feature`."
     chosen = traitlets.Tuple()
@@ -639,8 +653,8 @@ class FitExplorer(Explorer):
         self._feature = widgets.Dropdown(description="feature", layout=_WIDE(width="180px"))
         self._compare_button = _button("Compare", "LOO and held-out density of the chosen fits, see criticism.compare", self.compare)
         self._table = widgets.HTML(layout=_WIDE(max_height="220px", overflow="auto"))
-        sizes = dict(width=4.9, height=3.1)
-        figures = [self._add(n, **sizes) for n in ("trace", "sizes", "units")] + [self._add("ppc", width=4.9, height=3.1, margins=(.06, .18, .98, .88))]
+        sizes = dict(width=4.9, height=3.1, margins=(.14, .16, .97, .86))
+        figures = [self._add(n, **sizes) for n in ("trace", "sizes", "units")] + [self._add("ppc", width=4.9, height=3.1, margins=(.06, .16, .98, .86))]
         self.children = [widgets.HBox([widgets.VBox([self._choose, self._compare_button, self.status]), self._table]), widgets.HBox([self._variable, self._feature]),
             widgets.VBox([widgets.HBox(figures[:2]), widgets.HBox(figures[2:])])]
         self._show_table()
@@ -677,7 +691,8 @@ class FitExplorer(Explorer):
         if hasattr(self.store, "table"):
             t = self.store.table()
             t = t[[c for c in ("model", "arguments", "method", "seed", "units", "loo", "verdict") if c in t]]
-        else: t = pd.DataFrame([{k: f.attrs.get(k) for k in ("model", "model_args", "method", "seed", "wall_time")} for f in (self.store[n] for n in self.names)], index=self.names)
+        else: t = pd.DataFrame([dict(model=f.attrs.get("model"), arguments=", ".join(f"{k} {v}" for k, v in json.loads(f.attrs.get("model_args") or "{}").items() if v not in (False, None)))
+            | {k: f.attrs.get(k) for k in ("method", "seed", "wall_time")} for f in (self.store[n] for n in self.names)], index=self.names)
         self._table.value = t.to_html(border=0, float_format=lambda v: f"{v:.3g}")
 
     def _variables(self):
@@ -693,8 +708,9 @@ class FitExplorer(Explorer):
         from spike_ppl.partition import roles
         seen = f["observed_data"][roles(f)["observed"]] if "observed_data" in f.children else None
         names = [str(v) for v in seen.feature.values] if seen is not None and "feature" in seen.coords else []
-        self._feature.options = [("first", None)] + [(n, n) for n in names]
-        if self.feature not in names: self.feature = None
+        self._feature.options = names
+        if self.feature not in names: self.feature = names[0] if names else None
+        self._feature.value = self.feature
 
     def _choice(self, change):
         if not self._ready or not self.chosen: return
@@ -746,7 +762,22 @@ class FitExplorer(Explorer):
         pick = np.sort(np.argsort(-np.asarray(x).var(0), kind="stable")[:k])
         panel.show(lambda axs: plots.ppc(f, features=pick, ax=axs if k > 1 else [axs]), k)
 
-# %% ../nbs/14_explore.ipynb #7b884733
+# %% ../nbs/14_explore.ipynb #b1bbeb33
+def _process(features, truncation, covariance, priors):
+    "`dpmm` whose prior of the concentration is data of the model, so that another value needs no new derivation."
+    import pymc as pm
+    from spike_ppl import models
+    x, names, channel = models._check(features, truncation, "truncation")
+    full = models._priors(x, truncation, priors, len(names))
+    with pm.Model(coords=models._coords(x, names, channel, covariance, truncation) | dict(stick=np.arange(truncation - 1))) as model:
+        moved = {k: pm.Data(f"{k}_prior", full[k]) for k in ("concentration_shape", "concentration_rate")}
+        weights = models._sticks(full | moved, truncation)
+        means, spread = models._units(full, names, channel, covariance, False)
+        assignments, means, spread = models._assign(x, weights, means, spread, covariance, full, False)
+        models._observe(x, means, spread, covariance, assignments)
+    return models._finish(model, "dpmm", dict(truncation=int(truncation), covariance=covariance), full, channel)
+
+# %% ../nbs/14_explore.ipynb #bf1c0fe2
 class ModelExplorer(Explorer):
     "Move the priors, watch the partition. Traits: `model`, `n_units`, `concentration`, `spread`, `covariance`, `seed`."
     model = traitlets.Unicode("gmm")
@@ -771,9 +802,9 @@ class ModelExplorer(Explorer):
         self.features = features.isel(spike=np.unique(pick))
         self.truth = None if labels is None else np.asarray(labels)[np.unique(pick)]
         super().__init__()
-        self._ready, self.result, self.labels, self._cache = False, None, None, {}
+        self._ready, self.result, self.labels, self._cache, self._derived = False, None, None, {}, set()
         self._model = widgets.ToggleButtons(options=[("mixture (gmm)", "gmm"), ("Dirichlet process (dpmm)", "dpmm")], style=dict(button_width="190px"))
-        slow = dict(continuous_update=False, layout=_WIDE(width="420px"), style=dict(description_width="170px"))
+        slow = dict(continuous_update=False, layout=_WIDE(width="500px"), style=dict(description_width="230px"))
         self._k = widgets.IntSlider(min=1, max=20, description="units, or the most of them", **slow)
         self._alpha = widgets.FloatLogSlider(min=-3, max=2, step=.5, base=10, description="concentration", readout_format=".3f", **slow)
         self._spread = widgets.FloatLogSlider(min=-1.5, max=1.5, step=.25, base=10, description="expected variance, x default", readout_format=".2f", **slow)
@@ -811,13 +842,15 @@ class ModelExplorer(Explorer):
     def refit(self):
         "Fit the model the sliders say, and draw it."
         import time
-        from spike_ppl.models import gmm, dpmm
+        from spike_ppl.models import gmm
         from spike_ppl.inference import fit
         start = time.perf_counter()
         key = (self.model, self.n_units, self.concentration, self.spread, self.covariance, self.seed)
         if key not in self._cache:
-            self.say("fitting …")
-            build = gmm if self.model == "gmm" else dpmm
+            structure = (self.model, self.n_units, self.covariance)
+            self.say("fitting …" if structure in self._derived else "deriving the inference for this model, then fitting …")
+            self._derived.add(structure)
+            build = gmm if self.model == "gmm" else _process
             m = build(self.features, self.n_units, covariance=self.covariance, priors=self.priors())
             if len(self._cache) > 200: self._cache.clear()
             self._cache[key] = fit(m, method="vb", seed=self.seed, draws=50, progressbar=False)

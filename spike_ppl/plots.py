@@ -514,7 +514,7 @@ def similarity(
     ax.set(xlabel="unit", ylabel="unit")
     return ax
 
-# %% ../nbs/08_plots.ipynb #6a51d75d
+# %% ../nbs/08_plots.ipynb #7c290663
 def plane(
     features, # (spike, feature) array
     labels=None, # one unit per spike; needed for "lda"
@@ -522,7 +522,6 @@ def plane(
     ridge:float=1e-3, # added to the within-group scatter, as a fraction of its mean diagonal
 )->np.ndarray: # (feature, 2): directions; `(features - features.mean(0)) @ plane` are the coordinates
     "The plane that shows groups of spikes best: Fisher's discriminants or principal components."
-    from scipy.linalg import solve_triangular
     x = np.asarray(features, dtype=float)
     if x.ndim != 2: raise ValueError(f"features are (spike, feature), got shape {x.shape}")
     if method not in ("lda", "pca"): raise ValueError(f"method is 'lda' or 'pca', got {method!r}")
@@ -539,16 +538,13 @@ def plane(
     within += ridge*np.trace(within)/len(within)*np.eye(len(within)) + 1e-12*np.eye(len(within))
     centre -= centre.mean(0)    # groups count alike: a small unit matters as much as a large one
     # max w'Bw / w'Ww has its solutions in the span of W^-1 (group centres): an eigenproblem as large as there are groups
-    white = np.linalg.cholesky(within)
-    m = solve_triangular(white, centre.T, lower=True)
-    u, size, _ = np.linalg.svd(m, full_matrices=False)
-    first = solve_triangular(white, u[:, :2], lower=True, trans=1)
+    white = np.linalg.inv(np.linalg.cholesky(within))
+    u, size, _ = np.linalg.svd(white @ centre.T, full_matrices=False)
+    first = white.T @ u[:, :2]
     if len(groups) == 2:
         w = first[:, 0]
-        left = x - np.outer(x @ w, within @ w)
-        left = solve_triangular(white, left.T @ left/len(x), lower=True)
-        left = solve_triangular(white, left.T, lower=True)
-        first = np.c_[w, solve_triangular(white, np.linalg.eigh((left + left.T)/2)[1][:, -1], lower=True, trans=1)]
+        left = (x - np.outer(x @ w, within @ w)) @ white.T
+        first = np.c_[w, white.T @ np.linalg.eigh(left.T @ left/len(x))[1][:, -1]]
     return _sign(first)
 
 # %% ../nbs/08_plots.ipynb #a1e05d6d

@@ -248,6 +248,11 @@ def test_fits_are_chosen_and_compared(fits):
     e.variable = "path elbo"
     assert "ELBO" in e.panels["trace"].ax.get_ylabel()
     e.compare(); assert "two fits" in e.status.value
+    e.chosen = ("gmm 2", "gmm 3")
+    out = e.compare()
+    assert out.index[0] == "gmm 3" and all(n in e._table.value for n in e.chosen), "three units made the data"
+    e.feature = e._feature.options[1]; e.variable = "means"
+    assert e._feature.value == e.feature and e.feature in e.panels["trace"].ax.get_ylabel()
     with pytest.raises(traitlets.TraitError, match="no fit named"): e.chosen = ("none such",)
     assert "holds no fit" in FitExplorer({}).panels["trace"].ax.texts[0].get_text()
 
@@ -261,6 +266,37 @@ def test_the_partition_follows_the_prior():
     e.concentration = .1
     assert (e.labels == colours).mean() > .95, "units changed their colours on the way"
     with pytest.raises(traitlets.TraitError, match="n_units"): e.n_units = 99
+
+
+@pytest.mark.parametrize("model", ["gmm", "dpmm"])
+def test_another_prior_is_not_derived_again(model, monkeypatch):
+    "What makes a refit quick: the derived inference of one structure serves every value of the priors."
+    from spike_ppl import conjugate
+    e = ModelExplorer(model=model, n_units=5)
+    made = []
+    init = conjugate._Plan.__init__
+    monkeypatch.setattr(conjugate._Plan, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1])
+    before = e.result["unit_probability"]["unit_probability"].values
+    e.concentration = 10.; e.spread = 2.
+    assert not made and not np.array_equal(before, e.result["unit_probability"]["unit_probability"].values)
+    assert e.result.attrs["model"] == model
+    e.n_units = 4
+    assert made, "another structure is"
+
+
+def test_panel_draws_again_in_its_axes():
+    "Ticks are kept, nothing of the figure before is: limits, scale, legend, labels, hidden axes, colour bars."
+    def rich(ax):
+        ax.plot([1, 100], [5, 7], label="a"); ax.scatter([1], [2]); ax.bar([1], [1]); ax.text(0, 0, "t"); ax.legend(title="old")
+        ax.set(xscale="log", xlabel="old", ylabel="old", title="old", xticks=[1, 10], yticks=[]); ax.set_aspect("equal"); ax.invert_yaxis()
+    def poor(ax): ax.plot([0, 2], [0, 3])
+    p, fresh = Panel(3, 2), Panel(3, 2)
+    p.show(rich); kept = p.figure
+    p.say("words"); p.show(poor); fresh.show(poor)
+    assert p.figure is kept and bytes(p.image.value) == bytes(fresh.image.value)
+    p.show(lambda ax: ax.figure.colorbar(ax.imshow([[0, 1]]), ax=ax))
+    p.show(poor)
+    assert len(p.figure.axes) == 1 and bytes(p.image.value) == bytes(fresh.image.value)
 
 
 def test_panel_is_a_widget_with_a_picture():

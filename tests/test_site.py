@@ -1,30 +1,10 @@
 """The docs site in a real browser: every page, light and dark, wide and on a phone, without the network."""
 import functools
 import http.server
-import os
-import shutil
 import threading
 
 import docs
 import pytest
-
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    "A headless Chromium: Debian's, or the one that CHROMIUM names."
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium; or set CHROMIUM to one)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield b
-        b.close()
-
 
 @pytest.fixture(scope="session")
 def site(root):
@@ -48,30 +28,9 @@ def address(site):
 
 
 @pytest.fixture
-def tab(browser, address):
-    "Open a tab of a given width and theme; it keeps what went wrong in `tab.faults`, and reaches no other host."
-    opened = []
-
-    def new(width=1280, dark=False):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
-        opened.append(context)
-        page = context.new_page()
-        page.faults = []
-        page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda e: page.faults.append(str(e)))
-        page.on("response", lambda r: page.faults.append(f"{r.status} {r.url}") if r.status >= 400 and not r.url.endswith("favicon.ico") else None)
-
-        def local(route):
-            if route.request.url.startswith((address, "data:", "blob:")):
-                route.continue_()
-            else:
-                page.faults.append(f"asked the network for {route.request.url}")
-                route.abort()
-        page.route("**/*", local)
-        return page
-    yield new
-    for context in opened:
-        context.close()
+def tab(screen, address):
+    "Open a tab on the site, of a given width and theme."
+    return functools.partial(screen, address)
 
 
 def test_every_page_loads_without_faults_or_network(tab, site, address):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed (pip install jupyterlab)")
 
 MADE = '''
@@ -39,17 +37,6 @@ def made(n=900, channels=7, seed=0):
     f = xr.DataArray(values[:, 12:19:3].transpose(0, 2, 1).reshape(n, -1), dims=("spike", "feature"), coords=dict(feature=[f"c{c}_l{l}" for c in range(channels) for l in range(3)], sample_index=("spike", sample)))
     return Clustering(xr.DataArray(labels, dims="spike", coords=dict(sample_index=("spike", sample)), attrs=dict(sampling_rate=20_000.)), waveforms=w, features=f, probability=rng.beta(1.5, 1, n), duration=60.)
 '''
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not path: pytest.skip("no Chromium on this machine (Debian: apt-get install chromium; or set CHROMIUM to one)")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield b
-        b.close()
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +65,15 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture
-def opened(chromium, lab, request):
+def opened(screen, lab):
     "A function that writes a notebook of some cells, opens it in Lab, runs it, and gives the page."
     address, token, folder = lab
-    contexts = []
 
     def open_(name, *cells, dark=False):
         import nbformat
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
         nbformat.write(nb, folder / f"{name}.ipynb")
-        context = chromium.new_context(viewport=dict(width=1500, height=1300))
-        contexts.append(context)
-        page = context.new_page()
-        page.route("**/*", lambda route: route.continue_() if route.request.url.startswith((address, "data:", "blob:")) else route.abort())
+        page = screen(address, width=1500, height=1300)
         page.goto(f"{address}/lab/tree/{name}.ipynb?token={token}&reset", timeout=120_000)
         page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget && window.jupyterapp.shell.currentWidget.sessionContext", timeout=120_000)
         page.evaluate("async () => { const c = window.jupyterapp.shell.currentWidget.sessionContext; await c.ready; }")
@@ -100,8 +83,7 @@ def opened(chromium, lab, request):
         page.evaluate("() => { const a = window.jupyterapp; if (!a.shell.leftCollapsed) a.shell.collapseLeft(); void a.commands.execute('notebook:run-all-cells'); }")
         return page
 
-    yield open_
-    for c in contexts: c.close()
+    return open_
 
 
 def pictures(page):
@@ -226,7 +208,6 @@ def test_priors_are_moved_and_the_partition_follows(opened):
     no_error(page)
 
 
-@pytest.mark.slow          # has not been seen to finish on a busy machine
 def test_fits_are_chosen(opened):
     page = opened("fits", "from spike_ppl.models import gmm, toy\nfrom spike_ppl.inference import fit\nfrom spike_ppl.explore import FitExplorer\nfeatures, truth = toy(200, 3, 2, seed=0)\n"
                   "store = {f'gmm {k}': fit(gmm(features, k), method='gibbs', draws=60, tune=40, chains=2, seed=0, progressbar=False) for k in (2, 3)}", "explorer = FitExplorer(store)\nexplorer")

@@ -490,18 +490,18 @@ def merge(
     units = xr.Dataset({k: ("unit", np.array([row[i] for row in table])) for i, k in enumerate(names)} if table else {k: ("unit", np.zeros(0)) for k in names}, coords=dict(unit=np.arange(len(table))))
     return Merged(labels, units, templates, [f.info for f in found])
 
-# %% ../nbs/12_scale.ipynb #61fa6d3b
+# %% ../nbs/12_scale.ipynb #b5d0f961
 class LastTask(NamedTuple):
     "What the last pass over one neighbourhood is told; small, whatever the recording."
     index: int             # number of the neighbourhood
     part: Neighbourhood
     units: np.ndarray      # (unit,) joined units that reach its channels
-    own: np.ndarray        # (unit,) bool: those whose main channel it owns
+    own: np.ndarray        # (unit,) bool: those that it answers for
     main_channel: list     # (unit,) channel id
     n_spikes: np.ndarray   # (unit,) spikes found so far
     sample_index: list     # per unit (spike,) times of some of its spikes, sorted
 
-# %% ../nbs/12_scale.ipynb #42237c91
+# %% ../nbs/12_scale.ipynb #c44eb3eb
 def last_tasks(
     merged:Merged, # the joined units
     parts, # all neighbourhoods
@@ -512,7 +512,7 @@ def last_tasks(
     "What each neighbourhood must know of the joined units."
     z, t, sure = merged.labels.values, merged.labels["sample_index"].values, merged.labels["probability"].values
     order = np.argsort(z, kind="stable"); edges = np.searchsorted(z[order], np.arange(merged.units.sizes["unit"] + 1))
-    main, reaches, some = merged.units["main_channel"].values.tolist(), {}, []
+    main, reaches, some = merged.units["main_channel"].values.tolist() if len(merged.templates) else [], {}, []
     for u, template in enumerate(merged.templates):
         rows = order[edges[u]:edges[u + 1]]
         good = rows[sure[rows] > .9]
@@ -524,8 +524,7 @@ def last_tasks(
     tasks = []
     for p in parts:
         units = np.array(sorted({u for c in p.channels for u in reaches.get(c, ())}), int)
-        own = set(p.own)
-        tasks.append(LastTask(p.index, p, units, np.array([main[u] in own for u in units], bool), [main[u] for u in units], np.diff(edges)[units], [some[u] for u in units]))
+        tasks.append(LastTask(p.index, p, units, merged.units["neighbourhood"].values[units] == p.index, [main[u] for u in units], np.diff(edges)[units], [some[u] for u in units]))
     return tasks
 
 # %% ../nbs/12_scale.ipynb #83f75d4e

@@ -1218,7 +1218,7 @@ def _none(w, shifted, energy, where, reach, precision, log_prior):
         out[i] = np.exp(-total)
     return out
 
-# %% ../nbs/13_sort.ipynb #14ababc6
+# %% ../nbs/13_sort.ipynb #5bbc72c2
 def _mean_spike(recording, times, half, steps=8, pad=8):
     "Mean window of spikes at times that are only known to the sample: each is moved to where it agrees best with the mean."
     w = cut_at(recording, times, np.zeros(len(times)), half + pad, half + pad)
@@ -1231,7 +1231,17 @@ def _mean_spike(recording, times, half, steps=8, pad=8):
         mean = _template(moved, np.inf)
     return mean[pad:-pad].astype("float32")
 
-# %% ../nbs/13_sort.ipynb #bf5c2972
+def _cleaned_templates(recording, matched, bank, seed, most=2500, fewest=12):
+    "Templates from matched spikes with all others subtracted."
+    out, T, n_total = bank.templates.transpose(0, 2, 1).copy(), bank.templates.shape[2], recording.get_num_samples(0)
+    rng = np.random.default_rng(seed)
+    for k in range(len(out)):
+        rows = np.flatnonzero((matched.template == k) & (matched.start > T) & (matched.start + 2 * T < n_total))
+        if len(rows) > most: rows = np.sort(rng.choice(rows, most, replace=False))
+        if len(rows) >= fewest: out[k] = _template(_centred_spikes(recording, matched, bank, rows, np.zeros(len(rows), int)), np.inf)
+    return out
+
+# %% ../nbs/13_sort.ipynb #529d89fc
 class LastPass:
     "Matches the joined units over one neighbourhood: `job(LastTask) -> Found`, units numbered as they were joined."
     def __init__(self,
@@ -1263,6 +1273,9 @@ class LastPass:
             before = _window(templates, counts, rate, wide)
             units = _Units(templates[:, wide - before:wide + before + 1], known, task.n_spikes[known].astype(float), np.ones(len(known), bool))
             stages.begin("match")
+            bank = _bank(units, before, rate, n_total / rate)
+            matched = match(white, bank, sweeps=1, n_jobs=o["n_jobs"])
+            units = units._replace(templates=_cleaned_templates(white, matched, bank, seed), counts=matched.counts.astype(float))
             bank = _bank(units, before, rate, n_total / rate)
             matched = match(white, bank, sweeps=2, n_jobs=o["n_jobs"])
             stages.begin("leftovers")

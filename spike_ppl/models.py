@@ -281,7 +281,7 @@ def dpmm(
         _observe(x, means, spread, covariance, assignments)
     return _finish(model, "dpmm", dict(truncation=int(truncation), covariance=covariance, outliers=bool(outliers), learn_scale=bool(learn_scale)), priors, channel)
 
-# %% ../nbs/04_models.ipynb #72eb6e58
+# %% ../nbs/04_models.ipynb #338de368
 def _grown(priors, n_units, units_prior):
     "Weights of a mixture of finite mixtures: adds extra_units, sticks and weights to the model in context."
     extra = pm.Categorical("extra_units", p=units_prior)
@@ -292,7 +292,7 @@ def _grown(priors, n_units, units_prior):
     own = pt.concatenate([pt.ones(1), sticks])                                     # share of unit k among the first k
     rest = pt.where(pt.arange(1, n_units) <= extra, pt.log1p(-sticks), 0.)         # log share left when unit k joins, if it does
     after = pt.concatenate([pt.cumsum(rest[::-1])[::-1], pt.zeros(1)])
-    weights = pt.where(pt.arange(n_units) <= extra, own * pt.exp(after), 1e-200)
+    weights = pt.where(pt.arange(n_units) <= extra, own * pt.exp(after), 1e-100)   # its square must not be 0: derivatives divide by it
     return pm.Deterministic("weights", weights, dims="unit")
 
 def _units_prior(given, n_units):

@@ -907,7 +907,7 @@ def to_analyzer(
     for name in extensions: analyzer.compute(name, **own.get(name, {}), **(dict(progress_bar=False) if name in quiet else {}))
     return analyzer
 
-# %% ../nbs/10_units.ipynb #65a6dbef
+# %% ../nbs/10_units.ipynb #11c54376
 def to_phy(
     result, # a `sort` result or Clustering with waveforms, or labels with waveforms=
     folder, # made; must not exist, or be empty
@@ -983,7 +983,7 @@ def to_phy(
     dat = None
     if recording is not None:
         from spikeinterface.core import write_binary_recording
-        write_binary_recording(recording, file_paths=[folder/"recording.dat"], dtype=recording.get_dtype(), n_jobs=1, progress_bar=False)
+        write_binary_recording(recording, file_paths=[folder/"recording.dat"], dtype=recording.get_dtype(), n_jobs=1, chunk_memory="100M", progress_bar=False)   # it collects garbage after every chunk: few, large ones
         dat = "recording.dat"
     kind = "float32" if recording is None else np.dtype(recording.get_dtype()).name
     (folder/"params.py").write_text(f"dat_path = {dat!r}\nn_channels_dat = {C}\ndtype = {kind!r}\noffset = 0\nsample_rate = {c.sampling_rate}\n"

@@ -206,7 +206,7 @@ def step_docs(tmp):
 
 def step_pytest(tmp, marks="not slow"):
     "the tests of tests/"
-    cmd = [sys.executable, "-m", "pytest", "tests", "-m", marks, "-q", "-p", "no:cacheprovider", "--durations", "5", "--continue-on-collection-errors"]
+    cmd = [sys.executable, "-m", "pytest", "tests", "-m", marks, "-n", "2", "--dist", "loadfile", "-q", "-p", "no:cacheprovider", "--durations", "5", "--continue-on-collection-errors"]
     if run(cmd, env=environment(tmp), stdin=subprocess.DEVNULL).returncode not in (0,):
         raise Failed("pytest (see above)")
 

@@ -172,24 +172,39 @@ def test_overwrite_replaces_an_earlier_result(tmp_path):
     assert not list(free_folder(out, overwrite=True).iterdir())
 
 
-def test_sorts_through_spikeinterface(demo, tmp_path):
+@pytest.mark.parametrize("kind", ["binary", "zarr"])
+def test_sorts_through_spikeinterface(demo, tmp_path, kind):
+    "A recording that SpikeInterface saved, sorted by its call, analysed by its analyzer, the posterior of each spike included."
     import spike_ppl.sort  # noqa: F401
     from spikeinterface.sorters import get_default_sorter_params, get_sorter_params_description, run_sorter
 
     assert set(get_default_sorter_params("spike_ppl")) == set(get_sorter_params_description("spike_ppl"))
     recording, truth = demo[1:]
-    saved = recording.save(folder=tmp_path / "saved", format="binary", verbose=False)
+    from spikeinterface import load
+
+    recording.save(folder=tmp_path / ("saved.zarr" if kind == "zarr" else "saved"), format=kind, verbose=False)
+    saved = load(tmp_path / ("saved.zarr" if kind == "zarr" else "saved"))
     s = run_sorter("spike_ppl", saved, folder=tmp_path / "out", verbose=False)
     from spike_ppl.sort import compare
+    from spike_ppl.units import to_analyzer
 
     assert compare(truth, s)["mean_accuracy"] > 0.9
+    to_analyzer(s, recording=saved, extensions=("random_spikes", "waveforms", "templates"), folder=tmp_path / "analyzer")
+    from spikeinterface import load_sorting_analyzer
+
+    analyzer = load_sorting_analyzer(tmp_path / "analyzer")
+    p = analyzer.get_extension("spike_ppl").get_data()["probability"]
+    assert len(p) == len(s.to_spike_vector()) and ((p > 0) & (p <= 1)).all() and p.mean() > 0.9
 
 
-def test_clusters_given_peaks_through_spikeinterface(demo):
+@pytest.mark.parametrize("kind", ["memory", "zarr"])
+def test_clusters_given_peaks_through_spikeinterface(demo, tmp_path, kind):
     import spike_ppl.sort  # noqa: F401
     from spikeinterface.sortingcomponents.clustering import find_clusters_from_peaks
 
     recording, truth = demo[1:]
+    if kind == "zarr":
+        recording = recording.save(folder=tmp_path / "saved.zarr", format="zarr", verbose=False)
     v = truth.to_spike_vector()
     peaks = np.zeros(len(v), dtype=[("sample_index", "int64"), ("channel_index", "int64"), ("amplitude", "float64"), ("segment_index", "int64")])
     peaks["sample_index"] = v["sample_index"]
@@ -199,12 +214,17 @@ def test_clusters_given_peaks_through_spikeinterface(demo):
     assert np.mean(same) > 0.9
 
 
+def hears_interrupts():
+    "Ctrl-C reaches the new process also where the tests run in the background, whose children ignore it."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_interrupt_leaves_a_folder_and_resume_finishes(demo, sorted_folder, tmp_path):
     folder, *_ = demo
     out = tmp_path / "out"
     command = [str(Path(sys.executable).with_name("spike-ppl")), "sort", str(folder / "rec.bin"), "--sampling-rate", str(RATE), "--geometry", str(folder / "geometry.txt"), "-o", str(out)]
-    p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts)
     for _ in range(3000):
         if (out / "progress" / "find.pkl").is_file():
             break

@@ -237,7 +237,7 @@ def _outer_probes(hv, u, shape, axis):
     if axis is None: return columns.reshape((n, n)).T
     return pt.moveaxis(pt.moveaxis(columns, axis + 1, -1), 0, -1)
 
-# %% ../nbs/05_conjugate.ipynb #fc207e15
+# %% ../nbs/05_conjugate.ipynb #7c6cd0fb
 class Family:
     "A conjugate-exponential family: read its natural parameters off a log density; draw, average and take expectations with them."
     name = ""
@@ -247,7 +247,8 @@ class Family:
     def read(self, f, v, base): raise NotImplementedError         # f scalar graph, v its variable, base a generic value -> graphs
     def draw(self, natural, rng): raise NotImplementedError       # natural parameters -> one value
     def mean(self, natural): raise NotImplementedError
-    def logp(self, natural, value): raise NotImplementedError     # normalised log density, scalar
+    def each(self, natural, value): raise NotImplementedError     # normalised log density of every element or block
+    def logp(self, natural, value): return float(np.sum(self.each(natural, value)))
     def entropy(self, natural): raise NotImplementedError
     def statistics(self, natural): raise NotImplementedError      # dict: expected sufficient statistics
     def moments(self, natural): raise NotImplementedError         # arrays that `expect` takes
@@ -264,7 +265,7 @@ class _TwoPoint(Family):
         plus, minus = inputs
         return 0.5 * (clone_replace(f, {v: plus}) + clone_replace(f, {v: minus}))
 
-# %% ../nbs/05_conjugate.ipynb #b21f18ea
+# %% ../nbs/05_conjugate.ipynb #4d0b723c
 class Normal(Family):
     "Independent Normal elements, or blocks coupled along one axis (`axis`), or everything coupled (`axis='all'`)."
     fields = ("precision", "linear")
@@ -300,13 +301,13 @@ class Normal(Family):
         if self.axis is None: return h / P + e / np.sqrt(P)
         L, m = self._factor(natural)
         return self._out(m + np.linalg.solve(np.swapaxes(L, -1, -2), e[..., None])[..., 0])
-    def logp(self, natural, value):
+    def each(self, natural, value):
         P, h = natural
         x = self._in(np.asarray(value, float))
-        if self.axis is None: return float(np.sum(.5 * np.log(P / (2 * np.pi)) - .5 * P * (x - h / P) ** 2))
+        if self.axis is None: return .5 * np.log(P / (2 * np.pi)) - .5 * P * (x - h / P) ** 2
         L, m = self._factor(natural)
         d = np.einsum("...ji,...j->...i", L, x - m)
-        return float(np.sum(np.log(np.diagonal(L, axis1=-2, axis2=-1))) - .5 * np.sum(d ** 2) - .5 * d.size * np.log(2 * np.pi))
+        return np.sum(np.log(np.diagonal(L, axis1=-2, axis2=-1)) - .5 * d ** 2 - .5 * np.log(2 * np.pi), -1)
     def entropy(self, natural):
         P = natural[0]
         logdet = np.log(P).sum() if self.axis is None else np.linalg.slogdet(P)[1].sum()
@@ -331,7 +332,7 @@ class Normal(Family):
         if not super().valid(natural): return False
         return bool((P > 0).all()) if self.axis is None else bool((np.linalg.eigvalsh(P) > 0).all())
 
-# %% ../nbs/05_conjugate.ipynb #1a8de51b
+# %% ../nbs/05_conjugate.ipynb #9689f091
 class Gamma(_TwoPoint):
     "Gamma(shape, rate): log density (shape - 1) log v - rate v."
     name, fields = "Gamma", ("shape", "rate")
@@ -342,9 +343,9 @@ class Gamma(_TwoPoint):
         return [a + 1, a / base - p]
     def mean(self, natural): return natural[0] / natural[1]
     def draw(self, natural, rng): return np.maximum(rng.standard_gamma(natural[0]) / natural[1], 1e-300)
-    def logp(self, natural, value):
+    def each(self, natural, value):
         a, b = natural
-        return float(np.sum(a * np.log(b) - gammaln(a) + (a - 1) * np.log(value) - b * value))
+        return a * np.log(b) - gammaln(a) + (a - 1) * np.log(value) - b * value
     def entropy(self, natural):
         a, b = natural
         return float(np.sum(a - np.log(b) + gammaln(a) + (1 - a) * digamma(a)))
@@ -359,7 +360,7 @@ class Gamma(_TwoPoint):
     def generic(self, value, rng): return np.asarray(value) * np.exp(.4 * rng.normal(size=np.shape(value)))
     def valid(self, natural): return super().valid(natural) and all((p > 0).all() for p in natural)
 
-# %% ../nbs/05_conjugate.ipynb #fcebd316
+# %% ../nbs/05_conjugate.ipynb #33bd844a
 class InverseGamma(Gamma):
     "InverseGamma(shape, scale): log density -(shape + 1) log v - scale / v."
     name, fields = "InverseGamma", ("shape", "scale")
@@ -373,14 +374,14 @@ class InverseGamma(Gamma):
         a, b = natural
         return np.where(a > 1, b / np.where(a > 1, a - 1, 1.), np.inf)
     def draw(self, natural, rng): return 1 / super().draw(natural, rng)
-    def logp(self, natural, value): return super().logp(natural, 1 / np.asarray(value)) - 2 * float(np.log(value).sum())
+    def each(self, natural, value): return super().each(natural, 1 / np.asarray(value)) - 2 * np.log(value)
     def entropy(self, natural):
         a, b = natural
         return float(np.sum(a + np.log(b) + gammaln(a) - (1 + a) * digamma(a)))
     def statistics(self, natural): return {"log": np.log(natural[1]) - digamma(natural[0]), "inverse": natural[0] / natural[1]}
     def moments(self, natural): return [1 / x for x in super().moments(natural)]
 
-# %% ../nbs/05_conjugate.ipynb #7a0c830d
+# %% ../nbs/05_conjugate.ipynb #769f64b2
 class Beta(_TwoPoint):
     "Beta(a, b): log density (a - 1) log v + (b - 1) log(1 - v)."
     name, fields = "Beta", ("a", "b")
@@ -392,9 +393,9 @@ class Beta(_TwoPoint):
     def mean(self, natural): return natural[0] / (natural[0] + natural[1])
     def draw(self, natural, rng):                       # a stick of exactly 0 or 1 has log density -inf
         return np.clip(rng.beta(*natural), 1e-300, np.nextafter(1., 0.))
-    def logp(self, natural, value):
+    def each(self, natural, value):
         a, b = natural
-        return float(np.sum(gammaln(a + b) - gammaln(a) - gammaln(b) + (a - 1) * np.log(value) + (b - 1) * np.log1p(-value)))
+        return gammaln(a + b) - gammaln(a) - gammaln(b) + (a - 1) * np.log(value) + (b - 1) * np.log1p(-value)
     def entropy(self, natural):
         a, b = natural
         return float(np.sum(gammaln(a) + gammaln(b) - gammaln(a + b) - (a - 1) * digamma(a) - (b - 1) * digamma(b)
@@ -415,7 +416,7 @@ class Beta(_TwoPoint):
         return 1 / (1 + np.exp(-t))
     def valid(self, natural): return super().valid(natural) and all((p > 0).all() for p in natural)
 
-# %% ../nbs/05_conjugate.ipynb #d82a80d0
+# %% ../nbs/05_conjugate.ipynb #0e8a3be5
 class Dirichlet(Family):
     "Dirichlet(a) along the last axis: log density sum (a_k - 1) log v_k."
     name, fields = "Dirichlet", ("a",)
@@ -425,9 +426,9 @@ class Dirichlet(Family):
         a = natural[0]
         g = np.log(rng.standard_gamma(a + 1)) + np.log(np.maximum(rng.random(a.shape), 1e-300)) / a
         return np.maximum(np.exp(g - logsumexp(g, axis=-1, keepdims=True)), 1e-300)
-    def logp(self, natural, value):
+    def each(self, natural, value):
         a = natural[0]
-        return float(np.sum(gammaln(a.sum(-1)) - gammaln(a).sum(-1) + ((a - 1) * np.log(value)).sum(-1)))
+        return gammaln(a.sum(-1)) - gammaln(a).sum(-1) + ((a - 1) * np.log(value)).sum(-1)
     def entropy(self, natural):
         a = natural[0]; s = a.sum(-1)
         return float(np.sum(gammaln(a).sum(-1) - gammaln(s) + (s - a.shape[-1]) * digamma(s) - ((a - 1) * digamma(a)).sum(-1)))
@@ -440,7 +441,7 @@ class Dirichlet(Family):
         return w / w.sum(-1, keepdims=True)
     def valid(self, natural): return super().valid(natural) and bool((natural[0] > 0).all())
 
-# %% ../nbs/05_conjugate.ipynb #8688129c
+# %% ../nbs/05_conjugate.ipynb #b58aa00b
 class Wishart(_TwoPoint):
     "Wishart(nu, inverse scale): log density (nu - p - 1)/2 log|X| - tr(inverse_scale X)/2, last two axes."
     name, fields = "Wishart", ("nu", "inverse_scale")
@@ -462,10 +463,10 @@ class Wishart(_TwoPoint):
         A[..., range(p), range(p)] = np.sqrt(2 * rng.standard_gamma((nu[..., None] - np.arange(p)) / 2))
         F = self._scale_factor(natural) @ A
         return F @ np.swapaxes(F, -1, -2)
-    def logp(self, natural, value):
+    def each(self, natural, value):
         (nu, B), p = natural, self.shape[-1]
-        return float(np.sum((nu - p - 1) / 2 * np.linalg.slogdet(value)[1] - .5 * (B * np.swapaxes(value, -1, -2)).sum((-2, -1))
-                            - nu * p / 2 * np.log(2) + nu / 2 * np.linalg.slogdet(B)[1] - multigammaln_(nu / 2, p)))
+        return ((nu - p - 1) / 2 * np.linalg.slogdet(value)[1] - .5 * (B * np.swapaxes(value, -1, -2)).sum((-2, -1))
+                - nu * p / 2 * np.log(2) + nu / 2 * np.linalg.slogdet(B)[1] - multigammaln_(nu / 2, p))
     def _logdet(self, natural):
         (nu, B), p = natural, self.shape[-1]
         return digamma((nu[..., None] - np.arange(p)) / 2).sum(-1) + p * np.log(2) - np.linalg.slogdet(B)[1]
@@ -493,7 +494,7 @@ def multigammaln_(a, p):
     a = np.asarray(a, float)
     return p * (p - 1) / 4 * np.log(np.pi) + gammaln(a[..., None] - np.arange(p) / 2).sum(-1)
 
-# %% ../nbs/05_conjugate.ipynb #90f90f44
+# %% ../nbs/05_conjugate.ipynb #9513fdbc
 class FiniteDiscrete(Family):
     "A discrete variable with values 0 .. n_values - 1 whose elements are conditionally independent; natural parameter: the log joint of every value."
     name, fields = "Categorical", ("logits",)
@@ -505,9 +506,9 @@ class FiniteDiscrete(Family):
     def draw(self, natural, rng):
         c = np.cumsum(self.probabilities(natural), -1)
         return np.minimum((rng.random(c.shape[:-1])[..., None] * c[..., -1:] > c).sum(-1), self.n_values - 1)
-    def logp(self, natural, value):
+    def each(self, natural, value):
         l = natural[0]
-        return float(np.sum(np.take_along_axis(l, np.asarray(value)[..., None].astype(int), -1)[..., 0] - logsumexp(l, axis=-1)))
+        return np.take_along_axis(l, np.asarray(value)[..., None].astype(int), -1)[..., 0] - logsumexp(l, axis=-1)
     def entropy(self, natural):
         p = self.probabilities(natural)
         return float(-np.sum(p * np.log(np.maximum(p, 1e-300))))

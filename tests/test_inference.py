@@ -1,8 +1,9 @@
 """Inference against independent computations: sums written out, Monte Carlo, the model's own log-probability."""
-import json
+import json, os, subprocess, sys
 import numpy as np, pytest, xarray as xr
 import pymc as pm, pytensor.tensor as pt
-from scipy.special import logsumexp
+from scipy.special import expit, logsumexp
+from scipy.stats import bernoulli, multivariate_t, poisson as poisson_
 from spike_ppl import inference
 from spike_ppl.conjugate import NotConjugate, derive
 from spike_ppl.inference import ConjugateGibbs, Spikes, fit, log_density, marginal, parts, predict, start_partition
@@ -338,6 +339,187 @@ def test_marginal_model_is_the_sum_over_assignments(data):
     import itertools
     every = [full({**p, "assignments": np.array(z)}) for z in itertools.product(range(2), repeat=5)]
     np.testing.assert_allclose(small({k: v for k, v in p.items() if k != "assignments"}), logsumexp(every), rtol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def few(): return toy(90, 3, 2, seed=1)
+
+mixtures = {"gmm": lambda x: gmm(x, 3), "dpmm": lambda x: dpmm(x, 4)}
+
+@pytest.mark.parametrize("name, method", [("gmm", "nuts"), ("gmm", "advi"), ("dpmm", "nuts"), pytest.param("dpmm", "advi", marks=pytest.mark.slow)])
+def test_nuts_and_advi_through_the_same_door(name, method, few, tmp_path):
+    x, truth = few
+    m = mixtures[name](x)
+    f = fit(m, method, draws=100, tune=120, chains=1, passes=6, seed=2, **quiet)
+    assert json.loads(f.attrs["roles"]) == dict(assignments="assignments", weights="weights", observed="features", outlier_unit=None)
+    assert f.attrs["method"] == method and f.attrs["model"] == name and "stopped" not in f.attrs
+    post = f["posterior"].to_dataset()
+    assert set(post.data_vars) >= {v.name for v in m.free_RVs} | {"weights"} and post.sizes["draw"] == 100
+    assert set(f["sample_stats"].data_vars) >= {"lp", "log_density", "n_occupied"} | ({"diverging"} if method == "nuts" else set())
+    p, ld = predict(f, x, draws=1000), log_density(f, x, draws=1000)
+    # the assignments were summed out and drawn back from their complete conditional: their frequencies are the probabilities
+    often = (post.assignments.values[0][..., None] == np.arange(p.sizes["unit"])).mean(0)
+    assert np.abs(often - p.values).max() < .25 and abs((often - p.values).mean(0)).max() < .01
+    assert len({(a, b) for a, b in zip(p.argmax("unit").values, np.asarray(truth))}) == len(np.unique(p.argmax("unit")))      # units are pure
+    g = fit(m, "vb", draws=100, **quiet)
+    assert abs(ld.mean().item() - log_density(g, x).mean().item()) < (.05 if method == "nuts" else .25)
+    logp = pm.model.transform.conditioning.remove_value_transforms(m).compile_logp(jacobian=False)
+    np.testing.assert_allclose(f["sample_stats"].lp.values[0, 7], logp({v.name: post[v.name].values[0, 7] for v in m.free_RVs}), rtol=1e-9)
+    if method == "advi": assert f["optimisation"].elbo.shape == (6000,)
+    f.to_netcdf(tmp_path/"f.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path/"f.nc", engine="h5netcdf") as back: np.testing.assert_array_equal(predict(back.load(), x, draws=20), predict(f, x, draws=20))
+
+
+def test_pymcs_own_samplers_go_on_and_stop_early(few, monkeypatch):
+    m, kw = gmm(few[0], 3), dict(tune=60, chains=2, seed=1, **quiet)
+    first = fit(m, "nuts", draws=20, keep_assignments="counts", **kw)
+    both = fit(m, "nuts", draws=30, keep_assignments="counts", resume=first, **kw)
+    assert both["posterior"].sizes["draw"] == 50 and both["posterior"].draw.values[-1] == 49
+    np.testing.assert_array_equal(both["posterior"].means[:, :20], first["posterior"].means)
+    np.testing.assert_allclose(both["unit_probability"].unit_probability.sum("unit"), 1)
+    with pytest.raises(ValueError, match="chains"): fit(m, "nuts", resume=first, chains=3, **quiet)
+    with pytest.raises(ValueError, match="method='gibbs'"): fit(m, "gibbs", resume=first, **quiet)
+    with pytest.raises(ValueError, match="advi"): fit(m, "advi", resume=first, **quiet)
+    step, calls = pm.NUTS.step, []
+    for error, where in ((KeyboardInterrupt, 150), (FloatingPointError, 70)):         # in the second chain; in the first
+        calls.clear()
+        def broken(self, point):
+            calls.append(1)
+            if len(calls) == where: raise error("stop")
+            return step(self, point)
+        monkeypatch.setattr(pm.NUTS, "step", broken)
+        with pytest.warns(UserWarning, match="nuts stopped early"): f = fit(m, "nuts", draws=40, **kw)
+        assert f.attrs["stopped"].startswith(error.__name__) and f["posterior"].sizes["chain"] == 1
+        assert f["posterior"].sizes["draw"] == (40 if where == 150 else 9) and np.isfinite(f["posterior"].means).all()
+        monkeypatch.setattr(pm.NUTS, "step", step)
+
+
+def test_advi_that_breaks_keeps_its_last_good_state(few, monkeypatch):
+    sample, seen = pm.ADVI.fit, []
+    def broken(self, n, callbacks, **k):
+        def stop(approximation, losses, i):
+            if i == 250: seen.append(1); approximation.params[0].set_value(np.full_like(approximation.params[0].get_value(), np.nan)); raise FloatingPointError("NaN occurred")
+        return sample(self, n, callbacks=[*callbacks, stop], **k)
+    monkeypatch.setattr(pm.ADVI, "fit", broken)
+    with pytest.warns(UserWarning, match="advi stopped early"): f = fit(gmm(few[0], 3), "advi", draws=20, passes=1, **quiet)
+    assert seen and "NaN" in f.attrs["stopped"] and f["optimisation"].sizes["iteration"] == 200 and np.isfinite(f["posterior"].means).all()
+
+
+def test_a_mixed_run_goes_on():
+    x = np.r_[np.random.default_rng(0).normal(-3, 1, 30), np.random.default_rng(1).normal(3, 1, 30)]
+    kw = dict(tune=30, chains=1, **quiet)
+    a = fit(stiff(x), "gibbs", draws=10, **kw)
+    b = fit(stiff(x), "gibbs", draws=10, resume=a, **kw)
+    assert b["posterior"].sizes["draw"] == 20 and not np.array_equal(b["posterior"].sd[0, :10], b["posterior"].sd[0, 10:])
+
+
+def test_predict_and_log_density_of_components_that_are_not_gaussian(few):
+    rng, n = np.random.default_rng(0), 60
+    rates, chance = np.array([[2., 20.], [15., 3.]]), np.array([[-2., 2., 2.], [2., -2., 2.]])
+    counts = poisson(rng.poisson(rates[rng.integers(2, size=n)]))
+    with pm.Model() as flags:
+        w = pm.Dirichlet("w", np.ones(2))
+        p = pm.Beta("p", 1., 1., shape=(2, 3))
+        z = pm.Categorical("z", w, shape=n)
+        pm.Bernoulli("b", p[z], observed=rng.random((n, 3)) < expit(chance[rng.integers(2, size=n)]))
+    y = np.asarray(few[0])
+    with pm.Model() as student:
+        w = pm.Dirichlet("w", np.ones(3))
+        mu, var = pm.Normal("mu", 0, 10, shape=(3, 2)), pm.InverseGamma("var", 3., 2., shape=(3, 2))
+        u = pm.Gamma("u", 2., 2., shape=90)
+        z = pm.Categorical("z", w, shape=90)
+        pm.Normal("y", mu[z], pt.sqrt(var[z]/u[:, None]), observed=y)
+    new = {"counts": rng.poisson(rates[rng.integers(2, size=100)]), "flags": rng.random((100, 3)) < .5, "student": 4*rng.normal(size=(100, 2))}
+    density = {"counts": lambda q, k: poisson_.logpmf(new["counts"], q["rate"][k]).sum(1), "flags": lambda q, k: bernoulli.logpmf(new["flags"], q["p"][k]).sum(1),
+               "student": lambda q, k: multivariate_t.logpdf(new["student"], q["mu"][k], np.diag(q["var"][k]), df=4)}        # the scale u integrated out
+    for name, m in dict(counts=counts, flags=flags, student=student).items():
+        f = fit(m, "gibbs", draws=8, tune=20, chains=1, **quiet)
+        with pytest.raises(ValueError, match="model="): predict(f, new[name])
+        draws = [{k: f["posterior"][k].values[0, t] for k in f["posterior"].data_vars} for t in range(8)]
+        logits = np.stack([np.stack([np.log(q["w"][k]) + density[name](q, k) for k in range(len(q["w"]))], 1) for q in draws])
+        np.testing.assert_allclose(log_density(f, new[name], model=m), logsumexp(logsumexp(logits, -1), 0) - np.log(8), rtol=1e-6)
+        np.testing.assert_allclose(predict(f, new[name], model=m), np.exp(logits - logsumexp(logits, -1, keepdims=True)).mean(0), atol=1e-6)
+    with pytest.raises(ValueError, match="must agree"): predict(f, np.zeros((4, 3)), model=student)
+
+
+def test_new_spikes_cannot_stand_in_where_the_model_knows_each_of_them(few):
+    y, when = np.asarray(few[0])[:60], np.linspace(0, 1, 60)
+    def drift(x, t):
+        with pm.Model() as m:
+            w = pm.Dirichlet("w", np.ones(2))
+            mu, slope = pm.Normal("mu", 0, 10, shape=(2, 2)), pm.Normal("slope", 0, 1, shape=(2, 2))
+            z = pm.Categorical("z", w, shape=len(x))
+            pm.Normal("x", mu[z] + slope[z]*t[:, None], 1., observed=x)
+        return m
+    f = fit(drift(y, when), "gibbs", draws=5, tune=5, chains=1, **quiet)
+    with pytest.raises(ValueError, match="knows something of each spike"): predict(f, y[:7], model=drift(y, when))
+    np.testing.assert_allclose(predict(f, y[:20], model=drift(y[:20], when[:20])), predict(f, y, model=drift(y, when))[:20], atol=1e-12)
+
+
+def test_own_priors_are_kept_for_predict(few):
+    x = few[0]
+    priors = dict(mean_sd=7., weight_concentration=2.)
+    f = fit(gmm(x, 3, priors=priors), "vb", draws=30, **quiet)
+    np.testing.assert_allclose(predict(f, x), predict(f, x, model=gmm(x, 3, priors=priors)), atol=1e-12)
+
+
+def test_the_result_says_whether_moves_were_tried():
+    m = poisson(np.random.default_rng(1).poisson(9., (40, 2)))
+    roles = parts(derive(m))
+    assert roles.unit == ("rate",) and roles.weights == ("w",) and not roles.fixed.any()
+    assert "of" in json.loads(fit(m, "gibbs", draws=9, tune=9, chains=1, **quiet).attrs["moves"])["splits"]
+    assert fit(m, "vb", draws=1, **quiet).attrs["moves"].startswith("off: the likelihood")
+    assert fit(m, "gibbs", draws=1, tune=0, chains=1, moves=False, **quiet).attrs["moves"] == "off: moves=False"
+
+
+def test_single_precision_gives_nearly_the_same_fit(model, data):
+    a, b = (fit(model, "vb", draws=2, float32=single, **quiet) for single in (False, True))
+    np.testing.assert_allclose(b["optimisation"].elbo[-1], a["optimisation"].elbo[-1], rtol=1e-4)
+    np.testing.assert_allclose(b["unit_probability"].unit_probability, a["unit_probability"].unit_probability, atol=1e-2)
+
+
+def test_an_interrupted_vb_fit_is_a_valid_result(data, monkeypatch, tmp_path):
+    run, calls = inference._Batches.run, []
+    def broken(self, q, *a):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return run(self, q, *a)
+    monkeypatch.setattr(inference._Batches, "run", broken)
+    with pytest.warns(UserWarning, match="stopped early"): f = fit(gmm(data[0], 4), "vb", draws=10, subset=60, tolerance=-1e9, **quiet)
+    assert f.attrs["stopped"] == "KeyboardInterrupt" and f["optimisation"].sizes["iteration"] == 2
+    np.testing.assert_allclose(f["unit_probability"].unit_probability.sum("unit"), 1)
+    f.to_netcdf(tmp_path/"f.nc", engine="h5netcdf")
+
+
+def test_nan_is_refused_before_the_work(data):
+    x = np.array(data[0]); x[3, 1] = np.nan
+    m = gmm(np.asarray(data[0]), 3)
+    for method in ("vb", "gibbs"):
+        with pytest.raises(ValueError, match="NaN or infinite"): fit(m, method, features=x, **quiet)
+
+
+program = """
+import sys, numpy as np
+from spike_ppl.inference import fit
+from spike_ppl.models import gmm
+n = int(sys.argv[1])
+rng = np.random.default_rng(n)
+x = 5*rng.normal(size=(3, 2))[rng.integers(3, size=n)] + rng.normal(size=(n, 2))
+f = fit(gmm(x, 3), "vb", draws=2, progressbar=False)
+f = fit(gmm(x, 3), "gibbs", draws=2, tune=1, chains=1, progressbar=False)
+print(float(f["sample_stats"].lp[0, -1]))
+"""
+
+def test_what_one_process_compiled_the_next_one_finds(tmp_path):
+    "A second process, with other data, adds nothing to the caches on disk."
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path/"numba"), "PYTENSOR_FLAGS": f"base_compiledir={tmp_path/'pytensor'}"}
+    def run(n): return float(subprocess.run([sys.executable, "-c", program, str(n)], env=env, check=True, capture_output=True, text=True).stdout)
+    def compiled(): return {str(p) for p in tmp_path.rglob("*") if p.suffix in (".nbc", ".nbi", ".so", ".pkl")}
+    run(100)
+    first = compiled()
+    assert len(first) > 5
+    run(170)
+    assert compiled() == first
 
 
 def test_all_rows_may_be_lazy_and_more_than_the_models(data):

@@ -1,5 +1,5 @@
 """Samplers against what they must sample from: enumeration, Geweke's joint-distribution test, simulation-based calibration, NUTS."""
-import itertools
+import itertools, json
 import numpy as np, pytest
 import pymc as pm, pytensor.tensor as pt
 from scipy.special import gammaln
@@ -39,15 +39,21 @@ def partition(z):
     names = {}
     return tuple(names.setdefault(k, len(names)) for k in z)
 
-def exact_partitions(x, K):
-    "Posterior probability of every partition of a few points: means analytically, variances by quadrature, weights analytically."
-    n, memory, out = len(x), {}, {}
+def normal_block(y):
+    "Log density of the points of one unit: the mean integrated out analytically, the variance by quadrature."
     v = invgamma.ppf((np.arange(4000) + .5)/4000, a0, scale=b0)
+    precision, linear = 1/v0 + len(y)/v, m0/v0 + y.sum()/v
+    return np.log(np.mean(np.exp(-.5*len(y)*np.log(2*np.pi*v) - .5*(y**2).sum()/v - .5*np.log(v0*precision) + .5*linear**2/precision - .5*m0**2/v0)))
+
+def counts_block(y, a=1.5, b=.2):
+    "Log probability of the counts of one unit, their rate integrated out."
+    return a*np.log(b) - gammaln(a) + gammaln(a + y.sum()) - (a + y.sum())*np.log(b + len(y)) - gammaln(y + 1).sum()
+
+def exact_partitions(x, K, density=normal_block):
+    "Posterior probability of every partition of a few points, the weights integrated out."
+    n, memory, out = len(x), {}, {}
     def block(S):
-        if S not in memory:
-            y = x[list(S)]
-            precision, linear = 1/v0 + len(y)/v, m0/v0 + y.sum()/v
-            memory[S] = np.log(np.mean(np.exp(-.5*len(y)*np.log(2*np.pi*v) - .5*(y**2).sum()/v - .5*np.log(v0*precision) + .5*linear**2/precision - .5*m0**2/v0)))
+        if S not in memory: memory[S] = density(x[list(S)])
         return memory[S]
     for z in itertools.product(range(K), repeat=n):
         c = np.bincount(z, minlength=K)
@@ -56,22 +62,39 @@ def exact_partitions(x, K):
     p = np.exp(np.array(list(out.values())) - np.logaddexp.reduce(list(out.values())))
     return dict(zip(out, p))
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moves", [False, True])
-def test_six_points_three_units_by_enumeration(moves):
-    x = np.array([-1.2, -.8, .1, .3, 1.4, 2.])
-    exact = exact_partitions(x, 3)
-    assert abs(sum(exact.values()) - 1) < 1e-12 and len(exact) == 122     # partitions of 6 into at most 3
-    f = fit(mixture(x), "gibbs", draws=6000, tune=100, chains=4, seed=2, moves=moves, **quiet)
-    z = f["posterior"].z.values
+def agree(z, exact, worst=4.5):
+    "Frequencies of partitions, assignments (chain, draw, spike), against their probabilities, within Monte-Carlo error."
     top = sorted(exact, key=exact.get, reverse=True)[:25]
     index = {p: i for i, p in enumerate(exact)}
     blocks = np.array([np.bincount([index[partition(row)] for row in part], minlength=len(exact))/len(part)
                        for chain in z for part in np.array_split(chain, 8)])
     mean, error = blocks.mean(0), blocks.std(0, ddof=1)/np.sqrt(len(blocks))
     score = np.array([(mean[index[p]] - exact[p])/max(error[index[p]], 2e-4) for p in top])
-    assert (np.abs(score) < 4.5).all() and np.mean(score**2) < 2.2, score
-    assert .5*np.abs(mean - np.array(list(exact.values()))).sum() < .04
+    assert (np.abs(score) < worst).all() and np.mean(score**2) < 2.2, score
+    return .5*np.abs(mean - np.array(list(exact.values()))).sum()
+
+@pytest.mark.parametrize("moves", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_six_points_three_units_by_enumeration(moves):
+    x = np.array([-1.2, -.8, .1, .3, 1.4, 2.])
+    exact = exact_partitions(x, 3)
+    assert abs(sum(exact.values()) - 1) < 1e-12 and len(exact) == 122     # partitions of 6 into at most 3
+    f = fit(mixture(x), "gibbs", draws=4000, tune=100, chains=4, seed=2, moves=moves, **quiet)
+    assert agree(f["posterior"].z.values, exact) < .05
+
+
+@pytest.mark.parametrize("moves", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_six_counts_three_units_by_enumeration(moves):
+    "Poisson components: no statistics of Gaussian units, every step from the enumerated graph."
+    x = np.array([0, 1, 4, 7, 9, 16])
+    exact = exact_partitions(x, 3, counts_block)
+    with pm.Model() as m:
+        w = pm.Dirichlet("w", np.full(3, alpha))
+        rate = pm.Gamma("rate", 1.5, .2, shape=3)
+        z = pm.Categorical("z", w, shape=6)
+        pm.Poisson("n", rate[z], observed=x)
+    f = fit(m, "gibbs", draws=2500, tune=50, chains=4, seed=3, moves=moves, **quiet)
+    assert agree(f["posterior"].z.values, exact) < .06
+    if moves: assert all(int(v.split()[0]) > 20 for v in json.loads(f.attrs["moves"]).values())
 
 
 def geweke(build, prior, n, sweeps, moves, seed):
@@ -139,20 +162,25 @@ def test_geweke(build, prior, K, moves):
     if moves: assert (jump.accepted > 50).all(), (jump.accepted, jump.tried)
 
 
-@pytest.mark.slow
-def test_simulation_based_calibration_of_gibbs():
-    K, n, ranks = 2, 30, []
-    rng = np.random.default_rng(0)
-    for r in range(80):
+def calibration(method, rounds, keep, thin, n, **kwargs):
+    "Ranks, jittered into (0, 1), of label-invariant truths among posterior draws: uniform if the sampler is right."
+    K, ranks, rng = 2, [], np.random.default_rng(0)
+    def invariant(w, mu, var): return [np.max(w, -1), np.sum(w*mu[..., 0], -1), np.sum(w*var[..., 0], -1), np.max(mu[..., 0], -1)]
+    for r in range(rounds):
         p = prior_mixture(K, n)(rng)
         x = p["mu"][p["z"]] + np.sqrt(p["var"][p["z"]])*rng.normal(size=(n, 1))
-        f = fit(mixture(x, K), "gibbs", draws=396, tune=100, chains=1, seed=r, **quiet)["posterior"]
-        def invariant(w, mu, var): return [np.max(w, -1), np.sum(w*mu[..., 0], -1), np.sum(w*var[..., 0], -1), np.max(mu[..., 0], -1)]
-        truth = invariant(p["w"], p["mu"], p["var"])
-        draws = invariant(*(f[k].values[0, ::4] for k in ("w", "mu", "var")))
-        ranks.append([(d < t).sum() for d, t in zip(draws, truth)])
-    ranks = (np.array(ranks) + np.random.default_rng(1).random(np.shape(ranks)))/100
-    for j in range(ranks.shape[1]): assert kstest(ranks[:, j], "uniform").pvalue > .002, j
+        f = fit(mixture(x, K), method, draws=(keep - 1)*thin + 1, chains=1, seed=r, **kwargs, **quiet)["posterior"]
+        draws = invariant(*(f[k].values[0, ::thin] for k in ("w", "mu", "var")))
+        ranks.append([(d < t).sum() for d, t in zip(draws, invariant(p["w"], p["mu"], p["var"]))])
+    return (np.array(ranks) + np.random.default_rng(1).random(np.shape(ranks)))/(keep + 1)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, rounds, how", [("gibbs", 80, dict(keep=99, thin=4, n=30, tune=100)), ("nuts", 40, dict(keep=49, thin=5, n=15, tune=200))], ids=["gibbs", "nuts"])
+def test_simulation_based_calibration(method, rounds, how):
+    ranks = calibration(method, rounds, **how)
+    for j in range(ranks.shape[1]):
+        assert kstest(ranks[:, j], "uniform").pvalue > .002, j
+        assert abs(((ranks[:, j] - .5)**2).mean() - 1/12) < 4*np.sqrt(1/180/rounds), j          # neither too narrow nor too wide
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings, strategies as st
 
-from spike_ppl.scale import Found, JobFailed, Neighbourhood, PartJob, coincidences, load_found, merge, neighbourhoods, portable, run_jobs, save_found, sort_in_parts
+from spike_ppl.scale import (Found, JobFailed, MissingParts, Neighbourhood, PartJob, after_last_pass, coincidences, last_tasks, load_found, merge, missing_parts, neighbourhoods, part_seed, portable, run_jobs, save_found,
+    share_of, sort_in_parts)
 
 positions = st.integers(1, 60).flatmap(lambda n: st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=n, max_size=n, unique=True)).map(lambda p: np.array(p, float) * 20)
 
@@ -119,7 +120,8 @@ def test_a_job_that_always_dies_ends(parts, marks, tmp_path):
 def script(body, folder, **env):
     "Run Python in a process of its own, with the jobs of this file."
     code = "import sys; sys.path.insert(0, sys.argv[2])\nfrom test_scale import *\nfolder = Path(sys.argv[1])\nparts = neighbourhoods(np.c_[np.zeros(20), 25. * np.arange(20)], 50., 4)\n" + textwrap.dedent(body)
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(Path(__file__).parent)], stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(Path(__file__).parent)], stderr=subprocess.PIPE, text=True, env=os.environ | env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a test run in the background ignores Ctrl-C, and so would its children
 
 
 def test_interrupted_and_resumed(parts, marks, tmp_path):
@@ -182,6 +184,37 @@ def test_dask_cluster(parts, marks, cluster, tmp_path):
     for f in marks.iterdir(): f.unlink()
     same(expected, run_jobs(counting_job(marks, die_at=2), parts, cluster, progressbar=False))
     assert runs(marks).count(2) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_workers_of_a_cluster_die(parts, marks, cluster, tmp_path):
+    "Nothing that a job needs lives on the workers alone: when all of them go at once, the jobs run on those that come instead."
+    inner, folder = counting_job(marks), str(tmp_path)
+    def job(part):
+        import os, signal, time
+        once = os.path.join(folder, f"died_{part.index}")
+        if part.index in (0, 1) and not os.path.exists(once):
+            open(once, "w").close()
+            time.sleep(.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(part)
+    again = run_jobs(job, parts, cluster, progressbar=False)
+    assert (tmp_path / "died_0").exists() and (tmp_path / "died_1").exists()
+    same(run_jobs(counting_job(tmp_path), parts, progressbar=False), again)
+
+
+# ---- shares
+
+@given(n=st.integers(0, 40), of=st.integers(1, 50))
+def test_shares_are_a_division(n, of):
+    "Every neighbourhood is in one share, whatever the number of shares, and no share has two more than another."
+    shares = [share_of(range(n), i, of) for i in range(of)]
+    assert sorted(x for s in shares for x in s) == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("index, of, says", [(3, 3, "from 0 to 2"), (-1, 3, "from 0 to 2"), (0, 0, "of=0"), (.5, 2, "share 0.5")])
+def test_no_such_share(index, of, says):
+    with pytest.raises(ValueError, match=says): share_of(range(9), index, of)
 
 
 # ---- joining
@@ -331,16 +364,233 @@ def test_a_quiet_corner_is_no_failure(array):
     with pytest.raises(RecordingError, match="band"): PartJob(array[0], broken)(part)
 
 
+HOW = dict(size=6, radius=90.)
+
+
+@pytest.fixture(scope="module")
+def flat(array, tmp_path_factory):
+    "The array's recording as a flat file, and the arguments of the command that open it."
+    folder = tmp_path_factory.mktemp("flat")
+    array[0].get_traces().astype("<i2").tofile(folder / "rec.bin")
+    np.savetxt(folder / "geometry.txt", array[0].get_channel_locations())
+    return folder, [str(folder / "rec.bin"), "--sampling-rate", "20000", "--geometry", str(folder / "geometry.txt"), "--size", "6", "--radius", "90", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def counted(flat):
+    "Sorted in one go, one neighbourhood after the other, with the derivations and compiled functions that each of them made."
+    from spike_ppl import conjugate
+    from spike_ppl.recording import open_recording
+    from spike_ppl.sort import sort, sort_by_neighbourhoods
+    recording = open_recording(flat[0] / "rec.bin", sampling_rate=20_000, geometry=flat[0] / "geometry.txt")
+    made, job = [], PartJob.__call__
+    init, function = conjugate._Plan.__init__, conjugate._Plan.function
+    def derived(self, *a, **k): made[-1]["derivations"] += 1; return init(self, *a, **k)
+    def compiled(self, key, build, mode):
+        made[-1]["compilations"] += (key, mode) not in self.compiled
+        made[-1]["calls"] += 1
+        return function(self, key, build, mode)
+    def one(self, part): made.append(dict(derivations=0, compilations=0, calls=0)); return job(self, part)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(conjugate._Plan, "__init__", derived); m.setattr(conjugate._Plan, "function", compiled); m.setattr(PartJob, "__call__", one)
+        result = sort_by_neighbourhoods(recording, **HOW, progressbar=False)
+    return recording, result, made
+
+
+def test_one_compiled_function_serves_all_neighbourhoods(counted):
+    "What is derived and compiled for the first neighbourhood is used by all."
+    made = counted[2]
+    assert len(made) > 1 and all(m["calls"] > 0 for m in made)
+    assert [m["derivations"] for m in made[1:]] == [m["compilations"] for m in made[1:]] == [0] * (len(made) - 1), made
+
+
+def test_it_is_right_and_says_where_the_time_went(counted, array):
+    from spike_ppl.sort import compare, make_report
+    _, result, made = counted
+    c = compare(array[1], result)
+    assert c["mean_accuracy"] > .9 and c["false_units"] == 0
+    assert [i["neighbourhood"] for i in result.neighbourhoods] == list(range(len(made)))
+    assert result.timings["neighbourhoods"]["cpu"] == pytest.approx(sum(i["cpu"] for i in result.neighbourhoods), abs=.01)
+    for stage in ("neighbourhoods: cluster", "joining", "last pass", "last pass: match"): assert result.timings[stage]["cpu"] > 0, stage
+    report = make_report(result)
+    assert "<h2>Neighbourhoods</h2>" in report and "last pass: match" in report and "could not" not in report
+
+
+def test_the_last_pass_knows_every_unit_once(counted):
+    recording, result, made = counted
+    parts = neighbourhoods(recording, HOW["radius"], HOW["size"])
+    z = result.labels
+    xy = dict(zip(recording.channel_ids.tolist(), recording.get_channel_locations()))
+    from spike_ppl.scale import Merged
+    main = [z.peak_channel.values[z.values == u][0] for u in result.units]
+    units = xr.Dataset(dict(main_channel=("unit", main), neighbourhood=("unit", [next(p.index for p in parts if c in p.own) for c in main])), coords=dict(unit=result.units))
+    templates = [xr.DataArray(10 * np.exp(-np.array([np.linalg.norm(xy[c] - xy[m]) for c in xy]) / 30)[None], dims=("time", "channel"), coords=dict(channel=list(xy))) for m in main]
+    tasks = last_tasks(Merged(z, units, templates, []), parts, most=50)
+    assert sorted(u for t in tasks for u in t.units[t.own]) == result.units
+    assert sum(len(t.units) for t in tasks) > len(result.units)                      # those near a border are known on both sides
+    for t in tasks:
+        for u, n, times in zip(t.units, t.n_spikes, t.sample_index, strict=True):
+            assert n == (z.values == u).sum() and len(times) == min(50, n) and set(times.tolist()) <= set(z.sample_index.values[z.values == u].tolist())
+
+
+def test_threads_with_a_real_fit(counted):
+    from spike_ppl.sort import sort_by_neighbourhoods
+    recording, result, _ = counted
+    again = sort_by_neighbourhoods(recording, **HOW, where="threads", n_workers=2, waveforms=False, progressbar=False)
+    xr.testing.assert_identical(again.labels, result.labels)
+
+
+def test_shares_and_merge(counted, flat, tmp_path, capsys):
+    "Two jobs of an array and one command that joins them: what is missing is named with the command that makes it; the result is that of one go, and nothing else stays."
+    import shlex
+    from spike_ppl.sort import load_sort, main
+    out = tmp_path / "out"
+    command = ["sort", *flat[1], "-o", str(out)]
+    assert main([*command, "--neighbourhood", "1", "--of", "2"]) == 0
+    assert main(["merge", str(out)]) == 2
+    said = capsys.readouterr().err
+    missing = shlex.split(said.strip().splitlines()[-1])
+    assert "are not in" in said and missing[:2] == ["spike-ppl", "sort"] and missing[missing.index("--neighbourhood"):][:4] == ["--neighbourhood", "0", "--of", "2"]
+    assert main([*command, "--neighbourhood", "0", "--of", "2", "--seed", "1"]) == 2 and "all shares need the same" in capsys.readouterr().err
+    assert main([*command, "--neighbourhood", "7", "--of", "9"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main([*missing[1:], "--quiet"]) == 0 and f"spike-ppl merge {out}" in capsys.readouterr().out
+    assert main(["merge", str(out), "--quiet"]) == 0
+    back = load_sort(out)
+    for k in ("sample_index", "probability", "entropy"): assert np.array_equal(back.labels[k].values, counted[1].labels[k].values), k
+    assert np.array_equal(back.labels.values, counted[1].labels.values)
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "done" and run["units"] == len(back.units) and run["timings"]["last pass"]["wall"] > 0 and len(run["neighbourhoods"]) == len(counted[2])
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "run.json", "sorting.npz", "waveforms.zarr"]
+    assert main(["merge", str(out)]) == 2 and "finished" in capsys.readouterr().err
+    assert main([*command, "--neighbourhood", "0", "--of", "2"]) == 2 and "finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, says", [(["--neighbourhood", "0"], "belong together"), (["--neighbourhood", "2", "--of", "2"], "from 0 to 1"), (["--neighbourhood", "0", "--of", "2", "--overwrite"], "does not go with"),
+    (["--size", "0"], "size=0"), (["--radius", "nan"], "--radius"), (["--memory", "0"], "memory=0")])
+def test_bad_shares_are_refused(flat, flags, says, tmp_path, capsys):
+    from spike_ppl.sort import main
+    assert main(["sort", *flat[1], "-o", str(tmp_path / "out"), *flags]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_no_shares(flat, tmp_path, capsys):
+    from spike_ppl.sort import main
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "notes.txt").write_text("precious")
+    assert main(["sort", *flat[1], "-o", str(tmp_path / "mine"), "--neighbourhood", "0", "--of", "2"]) == 2 and "not the folder of other shares" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "mine")]) == 2 and "run.json" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("end", ["well", pytest.param("wrong", marks=pytest.mark.slow), pytest.param("killed", marks=pytest.mark.slow)])
+def test_nothing_temporary_stays(array, tmp_path, monkeypatch, end):
+    "Neither after a run that ends well, nor after one whose job fails, nor after one whose worker dies."
+    import tempfile
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path)); monkeypatch.setenv("TMPDIR", str(tmp_path))
+    def wrong(recording, seed): raise RuntimeError("this job is wrong")
+    def killed(recording, seed):
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    run = lambda sort: sort_in_parts(array[0], sort, **HOW, where="processes", n_workers=2, retries=0, progressbar=False)
+    if end == "well": assert run(detect_only).units.sizes["unit"] > 0
+    else:
+        with pytest.raises(RuntimeError if end == "wrong" else JobFailed): run(dict(wrong=wrong, killed=killed)[end])
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_neurons_of_one_shape_and_different_size():
+    "Two neurons next to one electrode of the border neighbourhood, whose waveforms differ in size (10.9 and 17.3 noise sd) and hardly in shape: both are found."
+    from spike_ppl.recording import demo_recording
+    from spike_ppl.sort import sort
+    column = np.array([(0 if y % 80 else 20, y) for y in range(0, 16 * 40, 40)], float)
+    recording, truth = demo_recording(seed=3, duration=40, n_units=10, positions=column, pitch=45., snr=(8., 25.))
+    f = PartJob(recording, sort)(neighbourhoods(recording, 90., 6)[2])
+    for u in (0, 5):
+        t = np.sort(truth.get_unit_spike_train(truth.unit_ids[u]))
+        scores = [(k := coincidences(np.sort(f.sample_index[f.unit == v]), t, 8)) / ((f.unit == v).sum() + len(t) - k) for v in f.units]
+        assert max(scores) > .95, (u, scores)
+
+
+# ---- the whole, interrupted, elsewhere, bounded
+
+def command(flat, out, *more, limit=None):
+    "The command in a process of its own, at most `limit` bytes in a file."
+    code = "import sys, resource\nfrom spike_ppl.sort import main\n" + (f"import spike_ppl.inference, spike_ppl.models, spike_ppl.plots, spike_ppl.units\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else "") + "sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, "sort", *flat[1], "--in-parts", "yes", "-o", str(out), *more], stderr=subprocess.PIPE, text=True)
+
+
+def agrees(out, result):
+    with np.load(out / "sorting.npz") as s: return all(np.array_equal(s[k], v) for k, v in dict(unit=result.labels.values, sample_index=result.labels.sample_index.values, probability=result.probability.values).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_the_command_is_stopped_and_resumed(counted, flat, tmp_path, how):
+    "Stopped in the middle; what was finished is taken as it is, and the result is that of an undisturbed run."
+    out = tmp_path / "out"
+    p = command(flat, out)
+    for _ in range(3000):
+        if (out / "progress" / "part_00000.npz").is_file() or p.poll() is not None: break
+        time.sleep(.05)
+    p.send_signal(getattr(signal, how))
+    _, said = p.communicate(timeout=300)
+    assert p.returncode == (130 if how == "SIGINT" else -9), said
+    kept = sorted((out / "progress").glob("part_*.npz"))
+    assert 1 <= len(kept) < len(counted[2]) and not list((out / "progress").glob("last_pass/part_*"))
+    if how == "SIGINT": assert json.loads((out / "run.json").read_text())["status"] == "interrupted" and "--resume" in said
+    for f in kept:                                                       # a mark that only a result taken as it is can carry on
+        found = load_found(f)
+        save_found(found._replace(info=found.info | dict(mark=1)), f)
+    p = command(flat, out, "--resume")
+    _, said = p.communicate(timeout=300)
+    assert p.returncode == 0 and agrees(out, counted[1]), said
+    infos = json.loads((out / "run.json").read_text())["neighbourhoods"]
+    assert [i["neighbourhood"] for i in infos if i.get("mark")] == [int(f.stem[5:]) for f in kept] and not (out / "progress").exists()
+
+
+@pytest.mark.slow
+def test_the_command_meets_a_full_disk(counted, flat, tmp_path):
+    "A file that may not grow: one line of message, nothing half-written, and --resume goes on from there."
+    out = tmp_path / "out"
+    p = command(flat, out, limit=100_000)
+    _, said = p.communicate(timeout=300)
+    assert p.returncode == 2 and "Traceback" not in said and "--resume" in said, said
+    assert not list(out.rglob("*.part*")) and not (out / "sorting.npz").exists()
+    for f in (out / "progress").rglob("part_*.npz"): load_found(f)
+    p = command(flat, out, "--resume")
+    _, said = p.communicate(timeout=300)
+    assert p.returncode == 0 and agrees(out, counted[1]), said
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_real_sorting_is_the_same_everywhere(array, cluster, tmp_path):
-    "Serial, threads, processes and a cluster: identical labels; and good ones."
-    recording, truth = array
-    how = dict(size=6, radius=90., progressbar=False)
-    serial = sort_in_parts(recording, **how)
-    for where in ("threads", "processes", cluster): xr.testing.assert_identical(sort_in_parts(recording, where=where, n_workers=2, **how).labels, serial.labels)
-    from spikeinterface.comparison import compare_sorter_to_ground_truth
-    from spikeinterface.core import NumpySorting
-    z = serial.labels.values
-    found = NumpySorting.from_samples_and_labels([serial.labels.sample_index.values[z >= 0]], [z[z >= 0]], 20_000)
-    assert compare_sorter_to_ground_truth(truth, found, delta_time=.4, exhaustive_gt=True).get_performance()["accuracy"].mean() > .8
+@pytest.mark.parametrize("where", ["processes", "cluster"])
+def test_real_sorting_is_the_same_everywhere(counted, cluster, where):
+    "Processes and a cluster give what one process gives, to the last digit."
+    from spike_ppl.sort import sort_by_neighbourhoods
+    recording, result, _ = counted
+    again = sort_by_neighbourhoods(recording, **HOW, where=cluster if where == "cluster" else where, n_workers=2, waveforms=False, progressbar=False)
+    xr.testing.assert_identical(again.labels, result.labels)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_recording(tmp_path):
+    "Eight times the recording, with the same memory=: the worker's largest memory grows by less than a fourth of what the longer recording's traces take."
+    program = """
+        import resource, sys, warnings
+        warnings.simplefilter("ignore")
+        import numpy as np
+        from spike_ppl.recording import demo_recording, open_recording
+        from spike_ppl.scale import PartJob, neighbourhoods
+        from spike_ppl.sort import sort
+        folder, seconds, memory = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+        recording = open_recording(f"{folder}/rec.bin", sampling_rate=20_000, geometry=f"{folder}/g.txt").frame_slice(0, seconds * 20_000)
+        PartJob(recording, sort, memory=memory)(neighbourhoods(recording)[0])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        """
+    from spike_ppl.recording import demo_recording
+    recording, _ = demo_recording(seed=1, duration=240, n_units=6)
+    recording.get_traces().astype("<i2").tofile(tmp_path / "rec.bin"); np.savetxt(tmp_path / "g.txt", recording.get_channel_locations())
+    run = lambda seconds: int(subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(seconds), "2e7"], check=True, capture_output=True, text=True).stdout)
+    short, long = run(30), run(240)
+    traces = 2 * 4 * 7 * 20_000 * (240 - 30)   # two copies, standardised and whitened
+    assert long - short < traces / 4, (short, long, traces)

@@ -621,6 +621,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.inference._Local.death': ('inference.html#_local.death', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Local.entropy': ('inference.html#_local.entropy', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Local.improve': ('inference.html#_local.improve', 'spike_ppl/inference.py'),
+                                     'spike_ppl.inference._Local.joined': ('inference.html#_local.joined', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Local.logits': ('inference.html#_local.logits', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Local.merge': ('inference.html#_local.merge', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Local.pairs': ('inference.html#_local.pairs', 'spike_ppl/inference.py'),

@@ -633,30 +633,32 @@ def match(
     return Matched(dict(start=found["sample_index"] - bank.before, template=found["cluster_index"], step=found["step"], gain=found["amplitude"].astype("float32"),
         score=found["score"], probability=found["probability"], entropy=found["entropy"], second=found["second"]), len(bank.templates))
 
-# %% ../nbs/13_sort.ipynb #89459a25
+# %% ../nbs/13_sort.ipynb #48d9c5b4
 N_FEATURES = 10
 
 def default_model(
-    features, # (spike, feature): DataArray or array; noise variance 1 in each feature
+    features, # (spike, feature): DataArray or array
     truncation=20, # most units
+    noise_variance=None, # variance of the noise in every feature; None: what `features.attrs` says (1 in the features of `sort`), else the spread within units is guessed from the data
 ): # pm.Model
     "The model that `sort` uses when none is named: a Dirichlet-process mixture with full covariances, priors from the noise, and an outlier component."
-    return _model("dpmm", features, truncation)
+    return _model("dpmm", features, truncation, noise_variance)
 
-# %% ../nbs/13_sort.ipynb #a8418e52
-def _model(name, features, truncation, noise=True):
-    "A package model of features whose noise has variance 1."
+# %% ../nbs/13_sort.ipynb #a6b31cda
+def _model(name, features, truncation, noise_variance=None):
+    "A package model of features, its priors from the noise where that is known."
     import inspect
     from spike_ppl import models
     if name not in models.models: raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(models.models))}.")
     make = models.models[name]
     takes = inspect.signature(make).parameters
     most = next(iter([k for k in takes if k in ("truncation", "n_units", "max_units")]), None)
-    n, d = features.shape
+    n, d = np.shape(features) if np.ndim(features) == 2 else (0, 0)      # the model says what is wrong with them
     args = {} if most is None else {most: int(max(1, min(truncation, n // 10)))}
     if "covariance" in takes: args["covariance"] = "full"
     if "outliers" in takes: args["outliers"] = True
-    if "priors" in takes: args["priors"] = dict(variance_scale=np.full(d, 1.5), dof=d + 2. + 30.)
+    noise = getattr(features, "attrs", {}).get("noise_variance") if noise_variance is None else noise_variance
+    if noise is not None and "priors" in takes: args["priors"] = dict(variance_scale=np.full(d, 1.5 * noise), dof=d + 2. + 30.)
     return make(features, **args)
 
 def known_models():
@@ -666,13 +668,13 @@ def known_models():
 
 METHODS = ("vb", "gibbs", "nuts", "advi")
 
-# %% ../nbs/13_sort.ipynb #4481641d
+# %% ../nbs/13_sort.ipynb #a754429b
 def _fit(features, model, method, seed, truncation, labels=None, progressbar=False, **options):
     "Fit a model to features; returns the fit and each spike's unit (-1: outlier)."
     from spike_ppl.inference import fit as infer, predict
     with model_lock:   # neighbourhoods may be sorted on several threads
-        if model is None: built = default_model(features, truncation)
-        elif isinstance(model, str): built = _model(model, features, truncation)
+        if model is None: built = default_model(features, truncation, 1.)
+        elif isinstance(model, str): built = _model(model, features, truncation, 1.)
         else: built = model(features)
         fit = infer(built, method=method, seed=seed, progressbar=progressbar, **({"draws": 100} | options if method == "vb" else options))
     if str(fit.attrs.get("stopped", "")).startswith("KeyboardInterrupt"): raise KeyboardInterrupt
@@ -1093,7 +1095,7 @@ def _check_settings(model, method, **numbers):
     for name, value in numbers.items():
         if not value > 0: raise ValueError(f"{name}={value}; expected a positive number.")
 
-# %% ../nbs/13_sort.ipynb #b22ee05b
+# %% ../nbs/13_sort.ipynb #c99b6c0a
 def sort(
     recording, # SpikeInterface recording with a probe (`open_recording`)
     model=None, # None: `default_model`; name of a package model; or a function features -> pm.Model
@@ -1139,7 +1141,7 @@ def sort(
         labels = _labels(standard, white, matched, bank, left, rate)
         fit, features, rows = max(fits, key=lambda f: len(f[2]))
         w = _waveforms(recording, standard, labels, memory, seed) if waveforms else None
-        x = xr.DataArray(features, dims=("spike", "feature"), name="features", attrs=dict(sampling_rate=rate), coords=dict(feature=[f"w_l{i}" for i in range(features.shape[1])],
+        x = xr.DataArray(features, dims=("spike", "feature"), name="features", attrs=dict(sampling_rate=rate, noise_variance=1.), coords=dict(feature=[f"w_l{i}" for i in range(features.shape[1])],
             channel=("feature", np.full(features.shape[1], -1)), latent=("feature", np.arange(features.shape[1])), sample_index=("spike", _nearest(labels["sample_index"].values, peaks.sample_index[rows], int(1e-3 * rate)))))
         if "observed_data" in fit.children: fit["observed_data"] = fit["observed_data"].to_dataset().assign_coords(sample_index=x["sample_index"])
     finally: stages.end()

@@ -696,13 +696,14 @@ def _first_factors(d, s, sweeps=3):
     "Factors that fit the statistics of a starting partition."
     return _settle(d, {k: _around(d.family[k], v) for k, v in d.initial().items() if k in d.parameters}, s, sweeps)
 
-# %% ../nbs/06_inference.ipynb #5024c3ab
+# %% ../nbs/06_inference.ipynb #dbfb3e8e
 class _State(NamedTuple):
     "Variational state on a subset of spikes."
     q: dict
     R: np.ndarray
     s: Statistics
     elbo: float
+    entropy: float   # of R
 
 class _Local:
     "Variational passes and moves on a subset that fits the cache."
@@ -712,7 +713,7 @@ class _Local:
         self.centre = x.mean(0)
         self.phi = _lifted(x, self.full, self.centre)
         self.rng = np.random.default_rng(seed)
-        self.failed = {}
+        self.failed, self.merges = {}, None
 
     def statistics(self, R): return _unlift(R.sum(0), R.T @ self.phi, self.full, self.centre)
 
@@ -723,14 +724,20 @@ class _Local:
     @staticmethod
     def entropy(R): return -float(xlogy(R, R).sum())
 
-    def at(self, R, q=None, sweeps=2):
+    def at(self, R, q=None, sweeps=2, entropy=None):
         s = self.statistics(R)
         q = _first_factors(self.d, s) if q is None else _settle(self.d, dict(q), s, sweeps)
-        return _State(q, R, s, _elbo(self.d, q, s, self.entropy(R)))
+        h = self.entropy(R) if entropy is None else entropy
+        return _State(q, R, s, _elbo(self.d, q, s, h), h)
 
     def passes(self, state, n=1, tolerance=0.):
         for _ in range(n):
-            new = self.at(softmax(self.logits(state.q), axis=1), state.q, 1)
+            l = self.logits(state.q)
+            l -= l.max(1, keepdims=True)
+            R = np.exp(l)
+            total = R.sum(1, keepdims=True)
+            R /= total
+            new = self.at(R, state.q, 1, float(np.log(total).sum() - np.einsum("nk,nk", R, l)))
             gain = new.elbo - state.elbo
             state = new
             if gain < tolerance: break
@@ -750,14 +757,15 @@ class _Local:
         return new if new.elbo > state.elbo + 1e-6*abs(state.elbo)**.5 else None
 
     def merge(self, state, i, j):
-        R, s = state.R, state.s
-        new = R.copy(); new[:, i] += R[:, j]; new[:, j] = 0
-        both = new[:, i]
-        change = float(xlogy(R[:, i], R[:, i]).sum() + xlogy(R[:, j], R[:, j]).sum() - xlogy(both, both).sum())
-        t = self.pooled(s, i, j)
+        first, second = state.R[:, [i, j]].T
+        change = self.entropy(first + second) - self.entropy(first) - self.entropy(second)
+        t = self.pooled(state.s, i, j)
         q = _settle(self.d, dict(state.q), t, 2)
-        gain = _elbo(self.d, q, t, self.entropy(R) + change) - state.elbo
-        return gain, new, q
+        return _elbo(self.d, q, t, state.entropy + change) - state.elbo, q
+
+    def joined(self, R, i, j):
+        new = R.copy(); new[:, i] += R[:, j]; new[:, j] = 0
+        return new
 
     def pooled(self, s, i, j):
         N, m, S = (np.array(v) for v in s)
@@ -786,8 +794,6 @@ class _Local:
         rho = np.where(left, .95, .05)
         q = dict(state.q)
         q = self.transplant(q, k, j)
-        base_entropy = self.entropy(R)
-        best = -np.inf
         N, m, S = (np.array(v) for v in state.s)
         phi = self.phi[rows]
         for scan in range(scans):
@@ -801,8 +807,8 @@ class _Local:
             l = self.logits(q, rows, [k, j])
             rho = expit(l[:, 0] - l[:, 1])
         h = float((w*(-xlogy(rho, rho) - xlogy(1 - rho, 1 - rho))).sum())
-        gain = _elbo(self.d, q, s, base_entropy + h) - state.elbo
-        new = R.copy(); new[:, j] += 0; new[rows, k] = w*rho; new[rows, j] = R[rows, j] + w*(1 - rho)
+        gain = _elbo(self.d, q, s, state.entropy + h) - state.elbo
+        new = R.copy(); new[rows, k] = w*rho; new[rows, j] = R[rows, j] + w*(1 - rho)
         return gain, new, q
 
     def transplant(self, q, k, j):
@@ -883,8 +889,8 @@ class _Local:
             if state.s.count[j] > state.s.count[i]: i, j = j, i
             mark = ("merge", i, j, self._mark(state, i, j))
             if mark in self.failed: continue
-            gain, R, q = self.merge(state, i, j)
-            new = self._judge(state, R, q) if gain > -.02*min(state.s.count[i], state.s.count[j]) - 5 else None
+            gain, q = self.merge(state, i, j)
+            new = self._judge(state, self.joined(state.R, i, j), q) if gain > -.02*min(state.s.count[i], state.s.count[j]) - 5 else None
             if new is None: self.failed[mark] = True
             else: state = new
         return state
@@ -914,14 +920,12 @@ class _Local:
         return None
 
     def _spare(self, state, keep):
-        best = (-np.inf, None, None)
-        for i, j in self.pairs(state, 3):
-            if keep in (i, j): continue
-            gain, R, q = self.merge(state, i, j)
-            if gain > best[0]: best = (gain, R, q, j)
-        if best[1] is None: return None, None
-        gain, R, q, j = best
-        return _State(q, R, self.statistics(R), state.elbo + gain), j
+        if self.merges is None or self.merges[0] is not state: self.merges = state, [(*self.merge(state, i, j), i, j) for i, j in self.pairs(state, 3)]
+        tried = [t for t in self.merges[1] if keep not in t[2:]]
+        if not tried: return None, None
+        gain, q, i, j = max(tried, key=lambda t: t[0])
+        R = self.joined(state.R, i, j)
+        return _State(q, R, self.statistics(R), state.elbo + gain, self.entropy(R)), j
 
 # %% ../nbs/06_inference.ipynb #13c6570c
 class _Batches:

@@ -151,11 +151,21 @@ def test_moves_free_a_stuck_mixture():
     truth = np.repeat(np.arange(10), 60)
     x = 8*rng.normal(size=(10, 4))[truth] + rng.normal(size=(600, 4))
     m = gmm(x, 10)
-    bad = fit(m, "vb", draws=1, moves=False, starts=1, seed=1, **quiet)
-    good = fit(m, "vb", draws=1, starts=1, seed=1, **quiet)
-    gain = good["optimisation"].elbo.values[-1] - bad["optimisation"].elbo.values[-1]
-    occupied = (good["unit_probability"].unit_probability.sum("spike") > 30).sum()
-    assert occupied == 10 and gain >= -1e-3
+    def right(z): return len(set(zip(z, truth))) == 10 == len(set(z))
+    # variational Bayes from one k-means++ start, with and without moves
+    fits = {moves: [fit(m, "vb", draws=1, starts=1, moves=moves, seed=seed, **quiet) for seed in range(8)] for moves in (False, True)}
+    bound = {moves: np.array([f["optimisation"].elbo.values[-1] for f in fs]) for moves, fs in fits.items()}
+    assert all(right(f["unit_probability"].unit_probability.values.argmax(1)) for f in fits[True]) and np.ptp(bound[True]) < 1
+    assert (bound[False] < bound[True].min() - 50).any() and bound[False].max() < bound[True].max() + 1
+    # Gibbs from random assignments
+    start = derive(m).initial()
+    def chain(seed, moves):
+        z = np.random.default_rng(seed).integers(10, size=600)
+        f = fit(m, "gibbs", draws=100, tune=200, chains=1, seed=seed, moves=moves, start={**start, "assignments": z}, **quiet)
+        return f["sample_stats"].lp.values[0, -50:].mean(), right(f["posterior"].assignments.values[0, -1])
+    without, using = (list(zip(*(chain(seed, moves) for seed in range(4)))) for moves in (False, True))
+    assert all(using[1]) and sum(without[1]) <= 1 and np.ptp(using[0]) < 20
+    assert np.median(without[0]) < min(using[0]) - 100
 
 
 def test_gibbs_agrees_with_vb_and_truth(gibbs, vb, data, model):

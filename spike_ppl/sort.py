@@ -685,15 +685,17 @@ def _fit(features, model, method, seed, truncation, labels=None, progressbar=Fal
     outlier = json.loads(fit.attrs.get("roles", "{}")).get("outlier_unit")
     return fit, np.where(z == outlier, -1, z) if outlier is not None else z
 
-# %% ../nbs/13_sort.ipynb #c6302561
+# %% ../nbs/13_sort.ipynb #7cf06db4
 def _principal(x, n_features, edge=None):
     "Mean and principal directions (feature, time * channel) of windows, from spikes that are not outlying."
     x = x.reshape(len(x), -1)
     centre = np.median(x, 0)
     far = ((x - centre)**2).sum(1)
     y = x[far <= np.quantile(far, .98)] - centre
-    if y.shape[1] > len(y): vectors = np.linalg.svd(y.astype(float), full_matrices=False)[2][:n_features]
-    else: vectors = np.linalg.eigh((y.T @ y).astype(float))[1][:, ::-1][:, :n_features].T
+    if min(y.shape) > 20 * n_features:      # only a few directions of many are wanted
+        from sklearn.utils.extmath import randomized_svd
+        vectors = randomized_svd(y, n_features, n_oversamples=10, n_iter=7, random_state=0)[2]
+    else: vectors = np.linalg.svd(y.astype(float), full_matrices=False)[2][:n_features]
     vectors = vectors * np.sign(vectors[np.arange(len(vectors)), np.abs(vectors).argmax(1)])[:, None]
     return centre, vectors.astype("float32")
 

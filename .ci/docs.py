@@ -201,6 +201,8 @@ def mathml(page, text, wrong):
         latex = html.unescape(m[2]).strip()
         plain = re.sub(r"\\(arg|Pr)\b", r"\\operatorname{\1}", latex)  # what the converter does not know
         plain = re.sub(r"\\[bB]igg?[lr]?\s*(\\[lr]angle)", r"\1", plain)
+        plain = re.sub(r"\\(begin|end)\{aligned\}", r"\\\1{align*}", plain)
+        plain = re.sub(r"\\(?:text|mathrm|operatorname)\{[^{}]*\}", lambda n: n[0].replace("<", "\ue000").replace(">", "\ue001").replace("&", "\ue002"), plain)  # it escapes nothing
         try:
             made = convert(plain, display="block" if m[1] == "display" else "inline")
         except Exception as e:
@@ -208,7 +210,9 @@ def mathml(page, text, wrong):
             return m[0]
         made = made.replace("<mi>&#x0007E;</mi>", '<mo form="infix">&#x0223C;</mo>')  # "is distributed as" is a relation
         made = re.sub(r'<mrow>((?:<mi mathvariant="normal">\w</mi>){2,})</mrow>', lambda n: f"<mi>{re.sub('<[^>]*>', '', n[1])}</mi>", made)  # one word
-        left = re.findall(r"<m\w+[^>]*>(\\[a-zA-Z]+)</m\w+>", made)
+        for mark, sign in (("\ue000", "&lt;"), ("\ue001", "&gt;"), ("\ue002", "&amp;")):
+            made = made.replace(mark, sign)
+        left = re.findall(r"<m\w+[^>]*>(\\[a-zA-Z]+|&)</m\w+>", made)
         if left:
             wrong.append(f"{page}: maths with unknown commands {', '.join(sorted(set(left)))}: {latex[:80]}")
         return made.replace("<math", f'<math alttext="{html.escape(latex, quote=True)}"', 1)

@@ -669,9 +669,11 @@ def _step(units, merges=(), splits=(), removed=(), quality=None):
         "manual_labels": [{"unit_id": u, "labels": {"quality": [q]}} for u, q in sorted((quality or {}).items())],
         "removed": list(removed), "merges": list(merges), "splits": list(splits)}
 
-# %% ../nbs/10_units.ipynb #04eb8ee9
+# %% ../nbs/10_units.ipynb #19c031f9
+from functools import cache
 from fastcore.basics import patch
 
+# %% ../nbs/10_units.ipynb #5f017f46
 @patch
 def to_dict(self:Curation,
     *, sequential:bool|None=None, # one step per decision; None: only when one step cannot say it
@@ -832,9 +834,7 @@ def _curated(c, curation):
     return Clustering(c.labels.copy(data=new), waveforms=c.waveforms, features=c.features, fit=c.fit if np.array_equal(new, curation.original) else None,
         probability=c.probability, entropy=c.entropy, recording=c.recording, sampling_rate=c.sampling_rate, duration=c.duration)
 
-# %% ../nbs/10_units.ipynb #ac97c974
-from functools import cache
-
+# %% ../nbs/10_units.ipynb #28f21df9
 @cache
 def analyzer_extension():
     "The posterior as a SpikeInterface analyzer extension named `spike_ppl`, registered."

@@ -62,7 +62,8 @@ def test_pages_fit_a_phone_and_can_be_read(tab, site, address, dark):
         assert (shades[1] < 90) == dark, f"{name}: the theme does not follow the system's"
 
 
-def test_maths_is_typeset(tab, site, address):
+def test_maths_is_typeset_and_no_markup_is_left(tab, site, address):
+    "Every formula is drawn and holds nothing but maths; no directive, fence or table row stands in the text as it was written."
     page, seen = tab(), 0
     for name in site[1]:
         page.goto(address + name)
@@ -72,6 +73,10 @@ def test_maths_is_typeset(tab, site, address):
         seen += len(boxes)
         left = page.evaluate("document.querySelectorAll('span.math').length")
         assert left == 0, f"{name}: {left} pieces of maths are not typeset"
+        strange = page.evaluate("[...document.querySelectorAll('math *')].filter(e => !/^(m[a-z]+|semantics|annotation)$/.test(e.localName)).map(e => e.outerHTML.slice(0, 80)).slice(0, 3)")
+        assert not strange, f"{name}: in a formula: {strange}"
+        raw = page.evaluate("[...document.querySelectorAll('main p, main li, main td')].filter(e => !e.closest('pre, .cell-output')).map(e => e.textContent.trim()).filter(t => /^(\\||#\\||:::|```|> )|\\$\\$|\\*\\*/.test(t)).slice(0, 3)")
+        assert not raw, f"{name}: markup in the text: {raw}"
     assert seen > 50
 
 

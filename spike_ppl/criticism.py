@@ -589,7 +589,7 @@ def prior_check(
     return xr.Dataset(dict(observed=(("statistic", "feature"), observed), replicated=(("sample", "statistic", "feature"), replicated), p_value=(("statistic", "feature"), p)),
                       coords=dict(statistic=list(fns), feature=list(names)), attrs=dict(ok=int(not off), verdict=verdict))
 
-# %% ../nbs/09_criticism.ipynb #09b2b7be
+# %% ../nbs/09_criticism.ipynb #81a769b7
 def log_likelihood(
     fit:xr.DataTree, # fit by any method
     draws:int=1000, # draws used, at most, spread evenly over each chain
@@ -597,17 +597,17 @@ def log_likelihood(
     max_bytes:float=8e8, # and never more memory than this: fewer draws are used for many spikes
 ) -> xr.DataTree: # the fit with the group log_likelihood: variable named as the observed one, (chain, draw, spike), nats
     "Adds the pointwise log likelihood, marginal over units, as ArviZ reads it."
-    from spike_ppl.inference import Spikes, _parameters, _quadratics
+    from spike_ppl.inference import Spikes, _NewSpikes, _parameters, _quadratics
     post = fit["posterior"].to_dataset()
     c, d = post.sizes["chain"], post.sizes["draw"]
     x = fit["observed_data"][roles(fit)["observed"]]
     n = x.shape[0]
     keep = _even(d, max(min(draws, int(max_bytes / (8. * n))) // c, 2))
-    d_, points, weights = _parameters(_with_groups(fit, posterior=post.isel(draw=keep)), model, c * len(keep))
+    d_, points, weights = _parameters(_with_groups(fit, posterior=post.isel(draw=keep)), _rebuild(fit, model), c * len(keep))
     if d_.lowered:
         spikes = Spikes(np.asarray(x.values, float))
         values = [spikes.log_density(q) for q in _quadratics(d_, points, weights)]
-    else: values = [logsumexp(d_.logits(p), axis=-1) for p in points]
+    else: values = [logsumexp(logits, axis=-1) for logits in _NewSpikes(d_, x.values)(points, weights)]
     values = np.reshape(values, (c, len(keep), n))
     coords = dict(chain=post["chain"], draw=post["draw"].values[keep])
     if x.dims[0] in x.coords: coords[x.dims[0]] = x[x.dims[0]]

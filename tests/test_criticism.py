@@ -381,12 +381,12 @@ def test_verdict_escapes_what_it_prints(good):
 
 @pytest.mark.parametrize("method, options", [("gibbs", dict(draws=200, tune=100, chains=2)), ("gibbs", dict(draws=200, tune=100, chains=2, keep_assignments=4)),
                                              ("gibbs", dict(draws=200, tune=100, chains=2, keep_assignments="counts")), ("vb", dict(draws=100))])
-def test_every_function_takes_every_kind_of_fit(method, options):
+def test_every_function_takes_every_kind_of_fit(method, options, model=lambda x: dpmm(x, 5)):
     from spike_ppl.inference import fit as run
     x, truth = toy(n=200, n_units=3, n_features=2, seed=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = run(dpmm(x, 5), method=method, seed=0, progressbar=False, **options)
+        made = run(model(x), method=method, seed=0, progressbar=False, **options)
     sure = certainty(made)
     assert n_units(made).sum().item() == pytest.approx(1)
     np.testing.assert_array_equal(sure.unit, point_partition(made))
@@ -398,3 +398,25 @@ def test_every_function_takes_every_kind_of_fit(method, options):
         warnings.simplefilter("ignore", C.ParetoWarning)
         assert np.isfinite(C.loo(made).elpd)
     assert C.verdict(made, draws=10, truth=truth).units.shape[0] == sure.sizes["unit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, options", [("nuts", dict(draws=200, tune=300, chains=2)), ("advi", dict(draws=200))])
+def test_every_function_takes_fits_of_the_marginal_model(method, options):
+    test_every_function_takes_every_kind_of_fit(method, options, lambda x: gmm(x, 3))
+
+
+def test_log_likelihood_of_students_units():
+    "The spikes' own scales are integrated out: the density of a mixture of multivariate t, by scipy."
+    from scipy.stats import multivariate_t
+    from spike_ppl.inference import fit as run
+    from spike_ppl.models import robust
+    x, _ = toy(n=150, n_units=2, n_features=2, seed=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = run(robust(x, 2), method="vb", seed=0, draws=4, progressbar=False)
+    got, post = C.log_likelihood(made)["log_likelihood"]["features"], made["posterior"]
+    for i in range(4):
+        p = {k: post[k].values[0, i] for k in ("weights", "means", "variances", "dof")}
+        want = np.logaddexp.reduce([np.log(p["weights"][k]) + multivariate_t(p["means"][k], np.diag(p["variances"][k]), df=p["dof"]).logpdf(x.values) for k in range(2)], axis=0)
+        np.testing.assert_allclose(got.values[0, i], want, rtol=1e-6, atol=1e-6)

@@ -99,7 +99,7 @@ def stage_notebook(src, dst):
             for out in cell.get("outputs", []):
                 data = out.get("data", {})
                 if "text/markdown" in data:
-                    data["text/markdown"] = outside_code(joined(data["text/markdown"]), fix_links)
+                    data["text/markdown"] = outside_code(joined(data["text/markdown"]), fix_links).replace("__main__.", "")  # where a cell ran says nothing
                 pictures |= any(m.startswith("image/") for m in data)
             text = re.sub(r"^#\|\s*fig-alt\s*:\s*(?![\"'])(.+)$", lambda m: f"#| fig-alt: {json.dumps(m[1].strip(), ensure_ascii=False)}", text, flags=re.M)  # a colon in it is no YAML
             if pictures and not re.search(r"^#\|\s*fig-alt\s*:", text, re.M):

@@ -121,7 +121,7 @@ _WIDE = widgets.Layout
 
 def _link(owner, name, control): traitlets.link((owner, name), (control, "value")); return control
 
-# %% ../nbs/14_explore.ipynb #ee6c4ac8
+# %% ../nbs/14_explore.ipynb #f445e642
 class RecordingExplorer(Explorer):
     "Scroll and zoom through a recording. Traits: `start` and `duration` (s), `view`, `channels`, `unit`."
     start = traitlets.Float(0.)
@@ -166,7 +166,7 @@ class RecordingExplorer(Explorer):
         self.view, self.start = view, start
         for name, control in dict(start=self._slider, duration=self._zoom, view=self._view, channels=self._names, unit=self._unit).items(): _link(self, name, control)
         self.children = [widgets.HBox([self._slider, *move, self._zoom]), widgets.HBox([self._view, self._unit, *jump, self.status]),
-            widgets.HBox([picture, widgets.VBox([self._names, self._sites])])]
+            widgets.HBox([picture, widgets.VBox([self._names, self._sites])], layout=_WIDE(flex_flow="row wrap"))]
         self.observe(lambda _: self._draw(), ["start", "duration", "view", "channels", "unit"])
         self._ready = True
         self._draw()
@@ -248,7 +248,7 @@ class RecordingExplorer(Explorer):
         order = [c for c in self._names.options[::-1] if c in shown]
         self.panels["traces"].show(lambda ax: plots.traces(source, start=self.start, duration=self.duration, channels=order, sorting=spikes, ax=ax))
 
-# %% ../nbs/14_explore.ipynb #86f81184
+# %% ../nbs/14_explore.ipynb #4082cb5a
 class UnitExplorer(Explorer):
     "Look at units, decide on merges, splits and labels. Traits: `unit`, `other`, `threshold`, `method`, `neighbours`."
     unit = traitlets.Int(None, allow_none=True)
@@ -289,8 +289,8 @@ class UnitExplorer(Explorer):
         self.buttons = dict(accept=_button("Accept", "do what is suggested", self.accept, button_style="success"), reject=_button("Reject", "take the suggestion off the list", self.reject),
             merge=_button("Merge these two", "join the unit and the one beside it", self.merge), undo=_button("Undo", "take the last decision back", self.undo),
             redo=_button("Redo", "make it again", self.redo), save=_button("Save", "write the curation (SpikeInterface format)", self.save, button_style="primary"))
-        sizes = dict(width=4.9, height=3.3)
-        figures = [self._add("scatter", **sizes), self._add("templates", **sizes), self._add("intervals", **sizes), self._add("evidence", width=4.9, height=3.3, margins=(.1, .16, .98, .9))]
+        sizes = dict(width=4.9, height=3.3, margins=(.14, .16, .97, .87))
+        figures = [self._add("scatter", **sizes), self._add("templates", **sizes), self._add("intervals", **sizes), self._add("evidence", width=4.9, height=3.3, margins=(.1, .16, .98, .87))]
         right = widgets.VBox([self._facts, widgets.HTML("<b>Suggestions</b>"), self._list, widgets.HBox([self.buttons[k] for k in ("accept", "reject", "merge")]),
             widgets.HBox([self.buttons[k] for k in ("undo", "redo")]), self._label, widgets.HBox([self._path, self.buttons["save"]]), self.status])
         self._refresh_units()
@@ -299,7 +299,7 @@ class UnitExplorer(Explorer):
         for name, control in dict(unit=self._unit, other=self._other, threshold=self._threshold, method=self._method, neighbours=self._count).items(): _link(self, name, control)
         self._refresh_list()
         self.children = [widgets.HBox([self._unit, *step, self._other, self._threshold, self._method, self._count], layout=_WIDE(flex_flow="row wrap")),
-            widgets.HBox([widgets.VBox([widgets.HBox(figures[:2]), widgets.HBox(figures[2:])]), right])]
+            widgets.HBox([widgets.VBox([widgets.HBox(figures[:2]), widgets.HBox(figures[2:])]), right], layout=_WIDE(flex_flow="row wrap"))]
         self.observe(self._on_unit, "unit")
         self.observe(lambda _: None if self._quiet else self._draw("evidence"), "other")
         self.observe(lambda _: None if self._quiet else self._draw("scatter", "templates", "intervals"), "threshold")
@@ -777,7 +777,7 @@ def _process(features, truncation, covariance, priors):
         models._observe(x, means, spread, covariance, assignments)
     return models._finish(model, "dpmm", dict(truncation=int(truncation), covariance=covariance), full, channel)
 
-# %% ../nbs/14_explore.ipynb #bf1c0fe2
+# %% ../nbs/14_explore.ipynb #3f056791
 class ModelExplorer(Explorer):
     "Move the priors, watch the partition. Traits: `model`, `n_units`, `concentration`, `spread`, `covariance`, `seed`."
     model = traitlets.Unicode("gmm")
@@ -811,7 +811,7 @@ class ModelExplorer(Explorer):
         self._covariance = widgets.ToggleButtons(options=["diagonal", "full"], style=dict(button_width="90px"))
         self._seed = widgets.BoundedIntText(min=0, max=999, description="seed", layout=_WIDE(width="150px"))
         figures = [self._add("partition", width=5.2, height=4.2, margins=(.12, .13, .97, .9)), self._add("weights", width=4.2, height=2.1, margins=(.16, .24, .97, .95)), self._add("elbo", width=4.2, height=2.1, margins=(.2, .24, .97, .95))]
-        self.children = [widgets.HBox([self._model, self._covariance, self._seed]), widgets.VBox([self._k, self._alpha, self._spread]), self.status, widgets.HBox([figures[0], widgets.VBox(figures[1:])])]
+        self.children = [widgets.HBox([self._model, self._covariance, self._seed]), widgets.VBox([self._k, self._alpha, self._spread]), self.status, widgets.HBox([figures[0], widgets.VBox(figures[1:])], layout=_WIDE(flex_flow="row wrap"))]
         self.model, self.n_units = model, n_units
         for name, control in dict(model=self._model, n_units=self._k, concentration=self._alpha, spread=self._spread, covariance=self._covariance, seed=self._seed).items(): _link(self, name, control)
         self.observe(lambda _: self.refit() if self._ready else None, ["model", "n_units", "concentration", "spread", "covariance", "seed"])

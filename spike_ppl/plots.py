@@ -729,7 +729,7 @@ def _counts(fit):
         return np.stack([m - 1.598*s, m, m + 1.598*s])[[0, 0, 1, 2, 2]] if s.max() > 0 else m[None], ids
     raise ValueError("this fit has neither assignment draws nor a unit_probability group; fit with method='gibbs' or 'vb', or give labels")
 
-# %% ../nbs/08_plots.ipynb #e0c41c04
+# %% ../nbs/08_plots.ipynb #8ec2e3a9
 def n_units(
     data, # a fit, or the probabilities of `partition.n_units` (dim n_units)
     *, truth:int|None=None, # marked, when known
@@ -747,7 +747,7 @@ def n_units(
     ax.bar(k[keep], p[keep], color=unit_colour(0), width=.8)
     if truth is not None:
         ax.axvline(truth, color=_ink(ax), ls="--", lw=1, gid="truth")
-        _note(ax, truth, 1.01, "truth", transform=ax.get_xaxis_transform(), ha="center")
+        _note(ax, truth + .48, .98, "truth", transform=ax.get_xaxis_transform(), ha="left", va="top")    # beside the bar
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="number of units", ylabel="posterior probability", ylim=(0, 1.02 if p.max() > .6 else None))
     shown = np.append(k[keep], [] if truth is None else [truth])
@@ -826,7 +826,7 @@ def parameters(
     if not alone: _unit_key(ax, units)
     return ax
 
-# %% ../nbs/08_plots.ipynb #03626b19
+# %% ../nbs/08_plots.ipynb #1f62d953
 def elbo(
     fit, # a fit by vb or advi, or its bound per iteration
     *, skip:int=0, # first iterations left out of the limits
@@ -839,9 +839,10 @@ def elbo(
     value = np.ravel(np.asarray(fit, dtype=float))
     ax = _axes(ax, 6, 3)
     ax.plot(np.arange(len(value)), value, color=unit_colour(0), lw=1.4, marker="." if len(value) < 60 else None, gid="elbo")
-    low, high = (np.nanmin(value[skip:]), np.nanmax(value[skip:])) if len(value) > skip + 1 else (0, 0)
-    if skip and high > low:
-        ax.set_ylim(low - .05*(high - low), high + .05*(high - low))
+    if skip and len(value):
+        low, high = np.nanmin(value[min(skip, len(value) - 1):]), np.nanmax(value)
+        room = max(.05*(high - low), .5)    # less than a nat is no step worth a picture
+        ax.set_ylim(low - room, high + room)
     ax.ticklabel_format(axis="y", useOffset=False, style="plain")
     ax.yaxis.get_major_locator().set_params(nbins=5)
     ax.set(xlabel="iteration", ylabel="ELBO [nats]")

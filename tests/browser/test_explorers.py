@@ -73,13 +73,13 @@ def opened(screen, lab):
         import nbformat
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
         nbformat.write(nb, folder / f"{name}.ipynb")
-        page = screen(address, width=1500, height=1300)
+        page = screen(address, width=1400, height=1300)
         page.goto(f"{address}/lab/tree/{name}.ipynb?token={token}&reset", timeout=120_000)
         page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget && window.jupyterapp.shell.currentWidget.sessionContext", timeout=120_000)
         page.evaluate("async () => { const c = window.jupyterapp.shell.currentWidget.sessionContext; await c.ready; }")
         page.wait_for_function("""() => { const c = window.jupyterapp.shell.currentWidget.sessionContext;
             return c.isReady && c.session && c.session.kernel && c.session.kernel.connectionStatus === 'connected' && c.session.kernel.status === 'idle'; }""", timeout=120_000)
-        if dark: page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}); }")
+        page.evaluate("async theme => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme}); }", f"JupyterLab {'Dark' if dark else 'Light'}")
         page.evaluate("() => { const a = window.jupyterapp; if (!a.shell.leftCollapsed) a.shell.collapseLeft(); void a.commands.execute('notebook:run-all-cells'); }")
         return page
 
@@ -108,10 +108,18 @@ def changed(page, i, before, timeout=30):
 
 
 def shot(page, name):
-    "Keep a screenshot where SPIKE_PPL_SHOTS says."
+    "Keep a picture of the explorer where SPIKE_PPL_SHOTS says (the site's are made with `SPIKE_PPL_SHOTS=nbs/figures`)."
     if os.environ.get("SPIKE_PPL_SHOTS"):
         Path(os.environ["SPIKE_PPL_SHOTS"]).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(Path(os.environ["SPIKE_PPL_SHOTS"]) / f"{name}.png"))
+        page.wait_for_timeout(500)
+        page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'", timeout=60_000)
+        page.wait_for_timeout(500)
+        from PIL import Image, ImageChops
+        path = Path(os.environ["SPIKE_PPL_SHOTS"]) / f"explore_{name}.png"
+        page.locator(".jp-OutputArea-output .widget-vbox").first.screenshot(path=str(path))
+        picture = Image.open(path).convert("RGB")
+        right = ImageChops.difference(picture, Image.new("RGB", picture.size, picture.getpixel((picture.width - 1, 0)))).getbbox()[2]
+        picture.crop((0, 0, min(right + 8, picture.width), picture.height)).quantize(128).save(path, optimize=True)      # nothing is to the right
 
 
 def no_error(page):
@@ -125,7 +133,6 @@ def test_units_are_picked_merged_undone_and_saved(opened, lab):
     page.wait_for_function("document.querySelectorAll('.widget-image').length == 4", timeout=120_000)
     no_error(page)
     page.wait_for_timeout(500)
-    shot(page, "units")
     first = [bits(page, i) for i in range(4)]
     assert all(base64.b64decode(b)[:4] == b"\x89PNG" for b in first)
 
@@ -151,6 +158,7 @@ def test_units_are_picked_merged_undone_and_saved(opened, lab):
     before = bits(page, 3)
     suggestion.select_option(index=0)
     changed(page, 3, before)
+    shot(page, "units")
     n = page.locator(".widget-dropdown select").first.locator("option").count()
     page.get_by_role("button", name="Accept").click()
     page.wait_for_function("document.body.innerText.includes('merged 0 and 3')", timeout=30_000)
@@ -169,7 +177,6 @@ def test_units_are_picked_merged_undone_and_saved(opened, lab):
     said = json.loads((folder / "curation.json").read_text())
     assert said["merges"] == [{"unit_ids": [0, 3], "new_unit_id": 0}]
     assert [m["labels"]["quality"] for m in said["manual_labels"]] == [["good"], ["good"]]
-    shot(page, "units_curated")
     no_error(page)
 
 
@@ -190,7 +197,7 @@ def test_recording_is_scrolled_and_channels_are_clicked(opened):
     page.get_by_role("button", name="spike ▶").click()
     page.wait_for_function("/spike [0-9,]+ of/.test(document.body.innerText)", timeout=30_000)
     changed(page, 0, before)
-    shot(page, "recording_dark")
+    shot(page, "recording")
     no_error(page)
 
 

@@ -83,6 +83,25 @@ def describe(markdown):
     return (parts[-1] if parts else "").rstrip(":")[:200]
 
 
+@functools.cache
+def fields():
+    "What a named tuple holds, by its name: the lines of the code, with their comments, in place of `*args, **kwargs`."
+    found = {}
+    for path in sorted((ROOT / "spike_ppl").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        lines = text.split("\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and any(getattr(b, "id", "") == "NamedTuple" for b in node.bases):
+                rows = [row for n in node.body if isinstance(n, ast.AnnAssign) for row in lines[n.lineno - 1:n.end_lineno]]
+                found[node.name] = f"class {node.name}(NamedTuple):\n" + "\n".join(rows)
+    return found
+
+
+def complete(text):
+    "An API block with the fields of a named tuple."
+    return re.sub(r"def (\w+)\(\n\s*\*args, \*\*kwargs\n\):", lambda m: fields().get(m[1], m[0]), text)
+
+
 def stage_notebook(src, dst):
     "Write one processed notebook as smalldocs needs it."
     nb = json.loads(src.read_text(encoding="utf-8"))
@@ -99,14 +118,14 @@ def stage_notebook(src, dst):
             for out in cell.get("outputs", []):
                 data = out.get("data", {})
                 if "text/markdown" in data:
-                    data["text/markdown"] = outside_code(joined(data["text/markdown"]), fix_links).replace("__main__.", "")  # where a cell ran says nothing
+                    data["text/markdown"] = complete(outside_code(joined(data["text/markdown"]), fix_links)).replace("__main__.", "")  # where a cell ran says nothing
                 pictures |= any(m.startswith("image/") for m in data)
             text = re.sub(r"^#\|\s*fig-alt\s*:\s*(?![\"'])(.+)$", lambda m: f"#| fig-alt: {json.dumps(m[1].strip(), ensure_ascii=False)}", text, flags=re.M)  # a colon in it is no YAML
             if pictures and not re.search(r"^#\|\s*fig-alt\s*:", text, re.M):
                 missing += 1
                 alt = describe(before) or "Figure drawn by the code above"
                 text = f"#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{text}"
-        cell["source"] = text
+        cell["source"] = text.lstrip("\n")
     dst.parent.mkdir(parents=True, exist_ok=True)
     dst.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     return missing

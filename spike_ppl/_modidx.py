@@ -1174,6 +1174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spike_ppl.sort._versions': ('sort.html#_versions', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._waveforms': ('sort.html#_waveforms', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._window': ('sort.html#_window', 'spike_ppl/sort.py'),
+                                'spike_ppl.sort._within': ('sort.html#_within', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._write': ('sort.html#_write', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort.cluster_peaks': ('sort.html#cluster_peaks', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort.compare': ('sort.html#compare', 'spike_ppl/sort.py'),

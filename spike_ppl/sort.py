@@ -644,7 +644,7 @@ def default_model(
     "The model that `sort` uses when none is named: a Dirichlet-process mixture with full covariances, priors from the noise, and an outlier component."
     return _model("dpmm", features, truncation, noise_variance)
 
-# %% ../nbs/13_sort.ipynb #a6b31cda
+# %% ../nbs/13_sort.ipynb #6936e2ba
 def _model(name, features, truncation, noise_variance=None):
     "A package model of features, its priors from the noise where that is known."
     import inspect
@@ -658,8 +658,25 @@ def _model(name, features, truncation, noise_variance=None):
     if "covariance" in takes: args["covariance"] = "full"
     if "outliers" in takes: args["outliers"] = True
     noise = getattr(features, "attrs", {}).get("noise_variance") if noise_variance is None else noise_variance
-    if noise is not None and "priors" in takes: args["priors"] = dict(variance_scale=np.full(d, 1.5 * noise), dof=d + 2. + 30.)
+    if "priors" in takes and n > 2:
+        spread = np.full(d, 1.5 * noise) if noise is not None else _within(np.asarray(features, float), 20)
+        if spread is not None: args["priors"] = dict(variance_scale=spread, dof=d + 2. + 30.)
     return make(features, **args)
+
+def _within(x, n_groups, seed=0):
+    "Covariance inside the tighter half of small groups of spikes (K-means), or None where there are too few spikes to tell."
+    from spike_ppl.inference import start_partition
+    sd = x.std(0)
+    if not np.isfinite(sd).all() or (sd == 0).any(): return None
+    d = x.shape[1]
+    x = x if len(x) <= 5000 else x[np.sort(np.random.default_rng(seed).choice(len(x), 5000, replace=False))]
+    z = start_partition(x / sd, int(max(1, min(n_groups, len(x) // (2 * d + 20)))), seed)
+    groups = [x[z == k] for k in np.unique(z)]
+    groups = [g for g in groups if len(g) > d + 5]
+    if not groups: return None
+    covariances = np.stack([np.cov(g.T).reshape(d, d) for g in groups]) + 1e-6 * np.diag(sd**2)
+    tight = np.argsort([np.linalg.slogdet(c)[1] for c in covariances])[:(len(groups) + 1) // 2]
+    return covariances[tight].mean(0)
 
 def known_models():
     "Names of the package's models."

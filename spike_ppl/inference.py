@@ -1814,7 +1814,7 @@ def _from_pymc(d, idata, spikes, rng, keep, memory, draw_assignments):
                      coords={"chain": np.arange(chains), "draw": np.arange(draws)})
     return _dataset(d, values), own.merge(stats.assign_coords(chain=np.arange(chains), draw=np.arange(draws)) if stats.sizes else stats), extra
 
-# %% ../nbs/06_inference.ipynb #803972f9
+# %% ../nbs/06_inference.ipynb #cf92ae9a
 def fit(
     model:pm.Model,          # any PyMC model; mixtures with explicit assignments first
     method:str="gibbs",      # "gibbs", "vb", "nuts" or "advi"
@@ -1828,14 +1828,14 @@ def fit(
     memory:float=1e9,        # bytes that assignments or unit probabilities may take
     moves:bool=True,         # try to split, merge and empty units; attrs["moves"] says when they are off (vb: likelihoods not quadratic in the features)
     starts:int=4,            # restarts of vb on a subset
-    subset:int=4096,         # spikes used to find a start
+    subset:int=4096,         # spikes used to find a start and, in vb, to judge moves: more of them support more units
     passes:int=200,          # most full passes of vb, or thousands of steps of advi
     tolerance:float=1e-5,    # vb stops when a pass gains less than this, nats per spike
     batches:int|None=None,   # memoised batches per pass of vb; by default about 32,768 spikes each
     features=None,           # all rows, (spike, feature), when `model` was written on a few: NumPy, Dask, Zarr, memory map
     float32:bool=False,      # single-precision matrix products
     start:dict|None=None,    # gibbs: values to start from, name -> natural-space value, assignments among them
-    resume:xr.DataTree|None=None, # go on from this fit of the same model
+    resume:xr.DataTree|None=None, # go on from this fit of the same model by the same method (gibbs, vb, nuts)
     exact:bool=False,        # raise NotConjugate rather than mix in another step method
     progressbar:bool=True,
 ) -> xr.DataTree:            # groups posterior, sample_stats, observed_data, constant_data, ...
@@ -1985,7 +1985,7 @@ def _spread(d, seed, chains):
         out.append({k: v for k, v in state.point.items() if k != d.assignments and k in d.family})
     return out
 
-# %% ../nbs/06_inference.ipynb #1b662eec
+# %% ../nbs/06_inference.ipynb #2e2e4d57
 def _parameters(tree, model, draws):
     "Derivation, and points of the parameters spread evenly over the posterior."
     roles = json.loads(tree.attrs["roles"])
@@ -2001,8 +2001,10 @@ def _parameters(tree, model, draws):
         args, priors = json.loads(tree.attrs["model_args"]), json.loads(tree.attrs.get("model_priors", "{}"))
         k = max([2, *(v for v in args.values() if isinstance(v, int) and not isinstance(v, bool))])
         rows = min(len(observed), max(4*k, 64))
-        model = build(name, observed[:rows], **{**args, **({"priors": {k: np.asarray(v) if isinstance(v, list) else v for k, v in priors.items()}} if priors else {})})
-    d = derive(model)
+        given = {**args, **({"priors": {k: np.asarray(v) if isinstance(v, list) else v for k, v in priors.items()}} if priors else {})}
+        d = derive(build(name, observed[:rows], **given))
+        if not d.lowered: d = derive(build(name, observed, **given))     # as many rows as the fit's own model: derived before in this process
+    else: d = derive(model)
     if d.lowered: d = _fast(d)
     if d.assignments is None: raise ValueError("predict and log_density need a model with assignments")
     post = tree["posterior"].to_dataset()

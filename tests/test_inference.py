@@ -7,7 +7,7 @@ from scipy.stats import bernoulli, multivariate_t, poisson as poisson_
 from spike_ppl import inference
 from spike_ppl.conjugate import NotConjugate, derive
 from spike_ppl.inference import ConjugateGibbs, Spikes, fit, log_density, marginal, parts, predict, start_partition
-from spike_ppl.models import dpmm, gmm, toy
+from spike_ppl.models import dpmm, gmm, robust, toy
 
 quiet = dict(progressbar=False)
 
@@ -293,7 +293,7 @@ def poisson(counts):
         pm.Poisson("n", rate[z], observed=counts)
     return m
 
-@pytest.mark.parametrize("method", ["gibbs", "vb"])
+@pytest.mark.parametrize("method", ["gibbs", "vb", pytest.param("nuts", marks=pytest.mark.slow)])
 def test_a_model_nobody_wrote_inference_for(method):
     rng = np.random.default_rng(0)
     truth = rng.integers(3, size=150)
@@ -380,6 +380,12 @@ def test_nuts_and_advi_through_the_same_door(name, method, few, tmp_path):
     with xr.open_datatree(tmp_path/"f.nc", engine="h5netcdf") as back: np.testing.assert_array_equal(predict(back.load(), x, draws=20), predict(f, x, draws=20))
 
 
+@pytest.mark.slow
+def test_nuts_gives_the_same_on_one_process_and_two(few):
+    a, b = (fit(gmm(few[0], 3), "nuts", draws=20, tune=40, chains=2, cores=c, seed=4, **quiet) for c in (1, 2))
+    for k in ("means", "weights", "assignments"): np.testing.assert_array_equal(a["posterior"][k], b["posterior"][k])
+
+
 def test_pymcs_own_samplers_go_on_and_stop_early(few, monkeypatch):
     m, kw = gmm(few[0], 3), dict(tune=60, chains=2, seed=1, **quiet)
     first = fit(m, "nuts", draws=20, keep_assignments="counts", **kw)
@@ -450,6 +456,16 @@ def test_predict_and_log_density_of_components_that_are_not_gaussian(few):
         np.testing.assert_allclose(log_density(f, new[name], model=m), logsumexp(logsumexp(logits, -1), 0) - np.log(8), rtol=1e-6)
         np.testing.assert_allclose(predict(f, new[name], model=m), np.exp(logits - logsumexp(logits, -1, keepdims=True)).mean(0), atol=1e-6)
     with pytest.raises(ValueError, match="must agree"): predict(f, np.zeros((4, 3)), model=student)
+
+
+def test_package_models_without_a_quadratic_likelihood_are_rebuilt_too(few):
+    x = few[0]
+    f = fit(robust(x, 3), "gibbs", draws=6, tune=20, chains=1, **quiet)
+    new = np.asarray(x)[:7] + .1
+    p = predict(f, new)
+    np.testing.assert_allclose(p.sum("unit"), 1)
+    np.testing.assert_allclose(p, predict(f, np.concatenate([new]*20))[:7], atol=1e-12)
+    np.testing.assert_allclose(log_density(f, new), log_density(f, new, model=robust(x, 3)), rtol=1e-10)
 
 
 def test_new_spikes_cannot_stand_in_where_the_model_knows_each_of_them(few):

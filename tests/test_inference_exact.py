@@ -175,7 +175,7 @@ def calibration(method, rounds, keep, thin, n, **kwargs):
     return (np.array(ranks) + np.random.default_rng(1).random(np.shape(ranks)))/(keep + 1)
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, rounds, how", [("gibbs", 80, dict(keep=99, thin=4, n=30, tune=100)), ("nuts", 40, dict(keep=49, thin=5, n=15, tune=200))], ids=["gibbs", "nuts"])
+@pytest.mark.parametrize("method, rounds, how", [("gibbs", 80, dict(keep=99, thin=4, n=30, tune=100)), ("nuts", 24, dict(keep=39, thin=5, n=15, tune=200))], ids=["gibbs", "nuts"])
 def test_simulation_based_calibration(method, rounds, how):
     ranks = calibration(method, rounds, **how)
     for j in range(ranks.shape[1]):

@@ -6,6 +6,7 @@
 """
 import argparse
 import ast
+import fnmatch
 import functools
 import html
 import http.server
@@ -139,6 +140,8 @@ def known_pages(items, have):
             page = page_name(Path(item)).as_posix()
             if page in have:
                 out.append(page)
+        elif isinstance(item, dict) and "auto" in item:  # in their section, not in one of their own
+            out += sorted(page for page in have if fnmatch.fnmatch(page, item["auto"]))
         elif isinstance(item, dict):
             item = dict(item)
             if "contents" in item:

@@ -280,6 +280,7 @@ def test_another_prior_is_not_derived_again(model, monkeypatch):
     e.concentration = 10.; e.spread = 2.
     assert not made and not np.array_equal(before, e.result["unit_probability"]["unit_probability"].values)
     assert e.result.attrs["model"] == model
+    monkeypatch.setattr(conjugate, "_plans", [])     # an earlier test may have derived the next one
     e.n_units = 4
     assert made, "another structure is"
 

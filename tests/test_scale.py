@@ -117,11 +117,16 @@ def test_a_job_that_always_dies_ends(parts, marks, tmp_path):
     assert not list((tmp_path / "k").glob(".*.part"))
 
 
+def hears_interrupts():
+    "Ctrl-C reaches the new process also where the tests run in the background, whose children ignore it."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def script(body, folder, **env):
     "Run Python in a process of its own, with the jobs of this file."
     code = "import sys; sys.path.insert(0, sys.argv[2])\nfrom test_scale import *\nfolder = Path(sys.argv[1])\nparts = neighbourhoods(np.c_[np.zeros(20), 25. * np.arange(20)], 50., 4)\n" + textwrap.dedent(body)
     return subprocess.Popen([sys.executable, "-c", code, str(folder), str(Path(__file__).parent)], stderr=subprocess.PIPE, text=True, env=os.environ | env,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a test run in the background ignores Ctrl-C, and so would its children
+        preexec_fn=hears_interrupts)
 
 
 def test_interrupted_and_resumed(parts, marks, tmp_path):
@@ -515,7 +520,7 @@ def test_two_neurons_of_one_shape_and_different_size():
 def command(flat, out, *more, limit=None):
     "The command in a process of its own, at most `limit` bytes in a file."
     code = "import sys, resource\nfrom spike_ppl.sort import main\n" + (f"import spike_ppl.inference, spike_ppl.models, spike_ppl.plots, spike_ppl.units\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else "") + "sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", code, "sort", *flat[1], "--in-parts", "yes", "-o", str(out), *more], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, "sort", *flat[1], "--in-parts", "yes", "-o", str(out), *more], stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts)
 
 
 def agrees(out, result):

@@ -122,9 +122,10 @@ def cut(
     if clear: out = out.assign_coords(clear=("spike", clear_spikes(out, radius=radius)))
     return out
 
-# %% ../nbs/02_waveforms.ipynb #acfeef75
+# %% ../nbs/02_waveforms.ipynb #43f2c8de
 from typing import NamedTuple
 
+# %% ../nbs/02_waveforms.ipynb #acfeef75
 class _Plan(NamedTuple):
     "What is to be cut."
     index: np.ndarray; peak: np.ndarray; before: int; after: int; width: int; n_channels: int
@@ -423,9 +424,10 @@ def load_waveforms(
     for v in (w.variable, *(c.variable for c in w.coords.values())): v.encoding = {}
     return w if lazy or (lazy is None and w.nbytes > memory) else w.load()
 
-# %% ../nbs/02_waveforms.ipynb #6e1bf8a9
+# %% ../nbs/02_waveforms.ipynb #3b52c2f2
 from contextlib import contextmanager
 
+# %% ../nbs/02_waveforms.ipynb #6e1bf8a9
 def _free_path(path, overwrite):
     path = Path(path)
     if path.exists() and not overwrite: raise FileExistsError(f"{str(path)!r} exists. Choose another place or pass overwrite=True.")

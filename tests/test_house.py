@@ -87,6 +87,20 @@ def docs_text(markdown):
     return re.sub(r"^```.*?^```", "", markdown, flags=re.S | re.M)
 
 
+def test_imports_have_their_own_cells(notebooks):
+    "The site's build runs every cell with an import in it (not the hidden one that exports)."
+    wrong = []
+    for path, nb in notebooks.items():
+        for i, cell in enumerate(nb["cells"]):
+            if cell["cell_type"] != "code" or "nbdev_export()" in text(cell):
+                continue
+            code = ast.parse("".join("\n" if line.startswith(("%", "!")) else line for line in text(cell).splitlines(keepends=True)))
+            kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in code.body}
+            if len(kinds) > 1:
+                wrong.append(f"{path}, cell {i}")
+    assert not wrong, "imports and other statements in one cell: " + "; ".join(wrong)
+
+
 def modules(notebooks):
     "Each exported module: its notebook's number and name."
     found = {}

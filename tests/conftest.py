@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -12,6 +13,11 @@ CHROMIUM_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic
                   "--disable-component-update", "--disable-sync"]
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))
+
+
+def hears_interrupts():
+    "For `preexec_fn`: Ctrl-C reaches the new process also where the tests run in the background, whose children ignore it."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings, strategies as st
 
+from conftest import hears_interrupts
 from spike_ppl.scale import (Found, JobFailed, MissingParts, Neighbourhood, PartJob, after_last_pass, coincidences, last_tasks, load_found, merge, missing_parts, neighbourhoods, part_seed, portable, run_jobs, save_found,
     share_of, sort_in_parts)
 
@@ -115,11 +116,6 @@ def test_a_job_that_always_dies_ends(parts, marks, tmp_path):
     with pytest.raises(JobFailed, match="their worker died 2 times.*out of memory.*kept in"):
         run_jobs(counting_job(marks, die_at=1, times=99), parts, "processes", n_workers=2, folder=tmp_path / "k", retries=1, progressbar=False)
     assert not list((tmp_path / "k").glob(".*.part"))
-
-
-def hears_interrupts():
-    "Ctrl-C reaches the new process also where the tests run in the background, whose children ignore it."
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def script(body, folder, **env):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import hears_interrupts
 from spike_ppl.sort import free_folder, load_sort, main, sort
 
 RATE = 20_000
@@ -212,11 +213,6 @@ def test_clusters_given_peaks_through_spikeinterface(demo, tmp_path, kind):
     assert len(labels) == len(v) and set(units) == set(labels[labels >= 0])
     same = [np.bincount(labels[(v["unit_index"] == u) & (labels >= 0)]).max() / (v["unit_index"] == u).sum() for u in range(truth.get_num_units())]
     assert np.mean(same) > 0.9
-
-
-def hears_interrupts():
-    "Ctrl-C reaches the new process also where the tests run in the background, whose children ignore it."
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow

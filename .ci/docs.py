@@ -85,22 +85,24 @@ def describe(markdown):
 
 
 @functools.cache
-def fields():
-    "What a named tuple holds, by its name: the lines of the code, with their comments, in place of `*args, **kwargs`."
+def heads():
+    "How classes that show as `*args, **kwargs` are written, by name: a named tuple with its fields and their comments, others with their bases."
     found = {}
     for path in sorted((ROOT / "spike_ppl").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         lines = text.split("\n")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ClassDef) and any(getattr(b, "id", "") == "NamedTuple" for b in node.bases):
-                rows = [row for n in node.body if isinstance(n, ast.AnnAssign) for row in lines[n.lineno - 1:n.end_lineno]]
-                found[node.name] = f"class {node.name}(NamedTuple):\n" + "\n".join(rows)
+            if isinstance(node, ast.ClassDef):
+                head = f"class {node.name}({', '.join(ast.unparse(b) for b in node.bases)}):"
+                rows = [row for n in node.body if isinstance(n, ast.AnnAssign) for row in lines[n.lineno - 1:n.end_lineno]] if "NamedTuple" in head else []
+                found[node.name] = "\n".join([head, *rows])
     return found
 
 
 def complete(text):
-    "An API block with the fields of a named tuple."
-    return re.sub(r"def (\w+)\(\n\s*\*args, \*\*kwargs\n\):", lambda m: fields().get(m[1], m[0]), text)
+    "An API block that says what a class is, and no types that nobody wrote: that of a default None is not the parameter's."
+    text = re.sub(r"def (\w+)\(\n\s*\*args, \*\*kwargs\n\):", lambda m: heads().get(m[1], m[0]), text)
+    return text.replace(":NoneType=None", "=None")
 
 
 def stage_notebook(src, dst):
@@ -122,6 +124,7 @@ def stage_notebook(src, dst):
                     data["text/markdown"] = complete(outside_code(joined(data["text/markdown"]), fix_links)).replace("__main__.", "")  # where a cell ran says nothing
                 pictures |= any(m.startswith("image/") for m in data)
             text = re.sub(r"^#\|\s*fig-alt\s*:\s*(?![\"'])(.+)$", lambda m: f"#| fig-alt: {json.dumps(m[1].strip(), ensure_ascii=False)}", text, flags=re.M)  # a colon in it is no YAML
+            text = re.sub(r"^((?:#\|[^\n]*\n)*)\n+", r"\1", text)  # where a magic stood
             if pictures and not re.search(r"^#\|\s*fig-alt\s*:", text, re.M):
                 missing += 1
                 alt = describe(before) or "Figure drawn by the code above"
@@ -196,6 +199,8 @@ def stage(folder):
         if src.is_file() and src.suffix != ".ipynb" and not any(p.startswith((".", "_")) for p in name.parts) and src.suffix != ".tmp":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(src, folder / name)
+    llms = folder / "llms.txt"  # not a page: its links are not the renderer's business
+    llms.write_text(re.sub(r"(?<=[\w)])\.ipynb(?=[)#])", ".html", fix_links(llms.read_text(encoding="utf-8"))), encoding="utf-8")
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     have = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".ipynb", ".md")}
     site = config["website"]
@@ -359,7 +364,8 @@ def readme():
     for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
         text = joined(cell["source"]).strip()
         flags = [line[2:].strip() for line in text.split("\n") if line.startswith("#|")]
-        if any(f.split(":")[0].strip() in ("hide", "default_exp", "export") for f in flags) or not text:
+        hidden = {"hide"} if cell["cell_type"] == "markdown" else {"hide", "default_exp", "export"}
+        if any(f.split(":")[0].strip() in hidden for f in flags) or not text:
             continue
         body = "\n".join(line for line in text.split("\n") if not line.startswith("#|")).strip()
         if cell["cell_type"] == "markdown":

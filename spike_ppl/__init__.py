@@ -1,1 +1,26 @@
+"""Bayesian spike clustering as probabilistic programming: which spikes belong to which neuron, and how sure.
+
+Spike sorting groups the spikes of an extracellular recording by their waveforms, each group one neuron, and here the
+grouping is a **probabilistic program**: a [PyMC](04_models.ipynb) model of the spikes that you can read, change and
+criticise, with inference that is [derived from that model](05_conjugate.ipynb). What comes back is not only a label for
+each spike but a posterior: how many units there are, what their waveforms look like, and how probable the assignment of every
+spike is.
+
+Modules:
+
+- `spike_ppl.conjugate`: Gibbs and variational updates read off a PyMC model's own log-probability, by symbolic differentiation and enumeration.
+- `spike_ppl.criticism`: Should I trust this sort? Convergence, predictive checks, comparison, calibration, and a verdict in plain words.
+- `spike_ppl.experiments`: Keep fits, list them, compare them, and get them back in another process exactly as they were.
+- `spike_ppl.explore`: The figures of this package, to move through: the recording, the units, the fits and the model itself, with sliders.
+- `spike_ppl.inference`: Gibbs sampling, variational Bayes, split and merge moves, NUTS and ADVI for any mixture written in PyMC, behind one door: `fit`.
+- `spike_ppl.models`: Mixture models of spikes, written in PyMC so that they can be read, changed and criticised.
+- `spike_ppl.partition`: Which spikes belong together, how many units there are, and how sure the posterior is of both.
+- `spike_ppl.plots`: Every figure of the package, one function each: `ax` in, `ax` out.
+- `spike_ppl.projection`: From waveforms to a few features per channel: an autoencoder, principal components, and what the noise has to do with it.
+- `spike_ppl.recording`: Open any extracellular recording, refuse a broken one in plain words, and bring its channels to one scale without moving a single spike.
+- `spike_ppl.scale`: From seven channels to ten thousand: neighbourhoods of channels as independent jobs, run in process, on threads, on processes or on a Dask cluster, and joined by evidence.
+- `spike_ppl.sort`: The main job: a recording goes in, units come out, each spike with the probability that it is of its unit.
+- `spike_ppl.units`: From clusters to neurons: templates, statistics, merges and splits to decide on, curation, and the way to Phy, SpikeInterface and NWB.
+- `spike_ppl.waveforms`: Find the spikes, cut them out aligned to a tenth of a sample, say which of them stand alone, and keep them on disk with their labels."""
+
 __version__ = "0.1.0"

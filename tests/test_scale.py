@@ -405,6 +405,20 @@ def test_one_compiled_function_serves_all_neighbourhoods(counted):
     assert [m["derivations"] for m in made[1:]] == [m["compilations"] for m in made[1:]] == [0] * (len(made) - 1), made
 
 
+def test_few_spikes_need_no_derivation_of_their_own(monkeypatch):
+    "A quiet neighbourhood uses what was derived for a busy one."
+    from spike_ppl import conjugate
+    from spike_ppl.sort import _fit
+    rng, made = np.random.default_rng(0), []
+    init = conjugate._Plan.__init__
+    def derived(self, *a, **k): made.append(1); return init(self, *a, **k)
+    monkeypatch.setattr(conjugate._Plan, "__init__", derived)
+    few, many = (np.concatenate([rng.normal(8 * (i == np.arange(10)), 1., (n, 10)) for i in range(2)]) for n in (30, 300))
+    _fit(many, None, "vb", 0, 20); made.clear()
+    _, z = _fit(few, None, "vb", 0, 20)
+    assert not made and len(set(z[:30])) == len(set(z[30:])) == 1 and z[0] != z[-1]
+
+
 def test_it_is_right_and_says_where_the_time_went(counted, array):
     from spike_ppl.sort import compare, make_report
     _, result, made = counted
@@ -461,7 +475,11 @@ def test_shares_and_merge(counted, flat, tmp_path, capsys):
     assert np.array_equal(back.labels.values, counted[1].labels.values)
     run = json.loads((out / "run.json").read_text())
     assert run["status"] == "done" and run["units"] == len(back.units) and run["timings"]["last pass"]["wall"] > 0 and len(run["neighbourhoods"]) == len(counted[2])
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "run.json", "sorting.npz", "waveforms.zarr"]
+    assert sorted(p.name for p in out.iterdir()) == ["fits", "report.html", "run.json", "sorting.npz", "waveforms.zarr"]
+    assert back.fit is None and len(back.fits) == len(run["neighbourhoods"]) and "fits/part_00000.nc" in (out / "report.html").read_text()
+    for fit, job in zip(back.fits, run["neighbourhoods"], strict=True):      # each with the features that it was fitted to
+        x = fit["observed_data"]["features"]
+        assert 0 < x.sizes["spike"] <= job["spikes"] and x.sizes["spike"] == fit["unit_probability"].sizes["spike"] and "means" in fit["posterior"]
     assert main(["merge", str(out)]) == 2 and "finished" in capsys.readouterr().err
     assert main([*command, "--neighbourhood", "0", "--of", "2"]) == 2 and "finished" in capsys.readouterr().err
 

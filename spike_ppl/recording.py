@@ -326,15 +326,17 @@ def _open_format(path, kind, **how):
         return recording
     from spikeinterface.extractors.extractor_classes import recording_extractor_full_dict as readers
     name = kind.removeprefix("read_").replace("_", "")
-    if name not in readers: raise RecordingError(f"Unknown reader {kind!r}. SpikeInterface has: {', '.join(sorted(readers))}.")
-    folder = name in ("spikeglx", "openephys", "tdt", "neuralynx", "mda", "neuropixels") and path.is_file()
+    folder = name in ("spikeglx", "openephys", "openephysbinary", "openephyslegacy", "tdt", "neuralynx", "mda", "neuropixels") and path.is_file()
     at = path.parent if folder else path
+    if name == "openephys": name = "openephysbinary" if any(at.rglob("structure.oebin")) else "openephyslegacy"
+    if name not in readers: raise RecordingError(f"Unknown reader {kind!r}. SpikeInterface has: {', '.join(sorted(readers))}.")
     if name == "spikeglx" and "stream_id" not in how and "stream_name" not in how:
         metas = sorted(at.rglob("*.meta")) if not path.is_file() else [path.with_suffix(".meta")]
         streams = sorted({".".join(m.name.split(".")[-3:-1]) for m in metas})
         ap = [s for s in streams if s.endswith("ap")]
         if len(ap or streams) != 1: raise RecordingError(f"{str(path)!r} holds several streams ({_some(ap or streams)}); choose one with stream_id=...")
         how = dict(how, stream_id=(ap or streams)[0])
+    if name == "intan" and "stream_id" not in how and "stream_name" not in how: how = dict(how, stream_id="0")  # the amplifiers, not auxiliary inputs
     try: return readers[name](at, **how)
     except ImportError as e: raise RecordingError(f"Reading {str(path)!r} needs a package that is not installed ({e}). Install it and try again.") from e
     except Exception as e: raise RecordingError(f"SpikeInterface's reader {name!r} cannot open {str(path)!r}: {type(e).__name__}: {e}") from e

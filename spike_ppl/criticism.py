@@ -214,7 +214,7 @@ def _judge(table, label_free, values, n_chains):
         low = ", ".join(f"chain {c} ({g:.0f} nats below)" for c, g in stuck.items())
         units = values["units"].mean(1)
         rest = [c for c in range(n_chains) if c not in stuck]
-        detail = "; ".join(f"chain {c} has {units[c]:.1f} units" for c in [*stuck, *rest][:4])
+        detail = "; ".join(f"chain {c} has {units[c]:.3g} units" for c in [*stuck, *rest][:4])
         return False, (f"Not converged: {low} sit{'s' * (len(stuck) == 1)} in a worse mode than the best chain and never left it (R-hat of the {worst} is {rhat[worst]:.2f}); {detail}. "
                        "A chain like that is stuck: its draws are no draws from the posterior. Run again from another start with split and merge moves, or leave the chain out.")
     bad = rhat[rhat > 1.05]
@@ -898,7 +898,7 @@ class Verdict:
         "The page as plain text."
         lines = ["VERDICT: " + self.headline, ""]
         for heading, sentences in self.findings.items(): lines += [heading, *("  - " + s for s in sentences), ""]
-        return "\n".join(lines + ["Units", self.units.to_string()])
+        return "\n".join(lines + ["Units", self.units.drop(columns="why_not", errors="ignore").to_string()])
     def __repr__(self): return self.text
 
 # %% ../nbs/09_criticism.ipynb #1b583612

@@ -38,11 +38,11 @@ class Neighbourhood(NamedTuple):
     own: tuple       # ids of the channels whose spikes it answers for
     channels: tuple  # ids of the channels it reads: its own and those within the radius
 
-# %% ../nbs/12_scale.ipynb #5a260520
+# %% ../nbs/12_scale.ipynb #0a5f2322
 def neighbourhoods(
     probe, # SpikeInterface recording, `probeinterface.Probe`, or positions (channel, 2) in µm
     radius=60., # µm around its own channels that a neighbourhood also reads
-    size=32, # most channels that one neighbourhood owns
+    size=16, # most channels that one neighbourhood owns
 )->list: # of Neighbourhood
     "Overlapping neighbourhoods that together own every channel once."
     if hasattr(probe, "get_channel_locations"): xy, ids = probe.get_channel_locations(), list(np.asarray(probe.channel_ids).tolist())
@@ -572,14 +572,14 @@ def after_last_pass(
         templates.append(xr.DataArray(mean, dims=("time", "channel"), coords=dict(time=(np.arange(len(mean)) - len(mean) // 2) / f.sampling_rate * 1000, channel=list(f.neighbourhood.channels))))
     return Merged(labels, units, templates, merged.info, merged.timings)
 
-# %% ../nbs/12_scale.ipynb #d009b4a0
+# %% ../nbs/12_scale.ipynb #4fc05128
 def sort_in_parts(
     recording, # SpikeInterface recording with a probe
     sort=None, # function that sorts one neighbourhood; None: `cluster_part`
     seed=0,
     *,
     radius=60., # µm, of `neighbourhoods`
-    size=32, # channels owned, of `neighbourhoods`
+    size=16, # channels owned, of `neighbourhoods`
     where="serial", # of `run_jobs`: "serial", "threads", "processes", a Dask client
     n_workers=None, # of `run_jobs`
     folder=None, # keep finished neighbourhoods here, and go on from them

@@ -1363,7 +1363,7 @@ class LastPass:
 
 sort.last_pass = LastPass
 
-# %% ../nbs/13_sort.ipynb #fe51216a
+# %% ../nbs/13_sort.ipynb #992f4ca6
 def sort_by_neighbourhoods(
     recording, # SpikeInterface recording with a probe
     model=None, # these as in `sort`
@@ -1371,7 +1371,7 @@ def sort_by_neighbourhoods(
     seed=0,
     *,
     radius=60., # µm around its own channels that a neighbourhood also reads
-    size=32, # most channels that a neighbourhood owns
+    size=16, # most channels that a neighbourhood owns
     where="serial", # "serial", "threads", "processes", or a `dask.distributed.Client`; the result does not depend on it
     n_workers=None, # threads or processes
     folder=None, # keep finished neighbourhoods and their fits here, and go on from them
@@ -1566,7 +1566,7 @@ def make_report(
         f"<h1>{len(result.units)} units, {n:,} spikes</h1><p>{len(z) - n:,} more spikes belong to no unit. Sampling rate {rate:g} Hz. Status: {escape(status)}.</p>" + "".join(sections)
         + f"<h2>Settings</h2>{settings}<h2>Time per stage</h2>{times}<h2>Versions</h2>{rows(_versions())}</html>")
 
-# %% ../nbs/13_sort.ipynb #eabceb1f
+# %% ../nbs/13_sort.ipynb #1ad21120
 def _parser():
     p = argparse.ArgumentParser(prog="spike-ppl", description="Bayesian spike sorting: which spikes belong to which neuron, and how sure.")
     sub = p.add_subparsers(dest="command", required=True, metavar="{demo,sort,merge}")
@@ -1590,7 +1590,7 @@ def _parser():
     s.add_argument("--dtype", metavar="T", help="sample type of a flat binary file (default int16)")
     s.add_argument("--channels", type=int, metavar="N", help="number of channels of a flat binary file; not needed with --geometry")
     s.add_argument("--in-parts", choices=("auto", "yes", "no"), default="auto", help="sort overlapping neighbourhoods of channels one by one, --jobs at a time, and join their units (default: above 32 channels)")
-    s.add_argument("--size", type=int, default=32, help="most channels that a neighbourhood owns (default 32)")
+    s.add_argument("--size", type=int, default=16, help="most channels that a neighbourhood owns (default 16)")
     s.add_argument("--radius", type=float, default=60., help="µm around its own channels that a neighbourhood also reads (default 60)")
     s.add_argument("--memory", type=float, default=4., metavar="GB", help="for traces and waveforms, of each job (default 4)")
     s.add_argument("--neighbourhood", type=int, metavar="I", help="sort only share I of the neighbourhoods, counted from 0, into DIR: those with number I, I + N, I + 2N, ...; `spike-ppl merge DIR` joins all shares")
@@ -1614,7 +1614,7 @@ def main(
     except (RecordingError, ValueError, TypeError, OSError) as e:
         print(f"spike-ppl: {e}", file=sys.stderr); return 2
 
-# %% ../nbs/13_sort.ipynb #373dafa9
+# %% ../nbs/13_sort.ipynb #7bf9f0a5
 def _run(a, argv):
     "What `main` does; errors are raised."
     warnings.showwarning = lambda message, *_, **__: print(f"spike-ppl: note: {message}", file=sys.stderr)
@@ -1711,7 +1711,7 @@ def _share_command(arguments, index):
     "The command of one share."
     import shlex
     flags = dict(geometry="--geometry", sampling_rate="--sampling-rate", dtype="--dtype", n_channels="--channels", model="--model", method="--method", seed="--seed", threshold="--threshold", size="--size", radius="--radius", memory="--memory")
-    usual = dict(method="vb", seed=0, threshold=8., size=32, radius=60., memory=4.)
+    usual = dict(method="vb", seed=0, threshold=8., size=16, radius=60., memory=4.)
     given = [w for k, f in flags.items() if arguments.get(k) is not None and arguments[k] != usual.get(k) for w in (f, f"{arguments[k]:g}" if isinstance(arguments[k], float) else str(arguments[k]))]
     return shlex.join(["spike-ppl", "sort", arguments["recording"], *given, "--neighbourhood", str(index), "--of", str(arguments["of"]), "-o", arguments["output"]])
 

@@ -194,6 +194,44 @@ def test_recording_scrolls_zooms_and_jumps(demo):
     assert {line.get_gid() for line in ax().lines} >= {"unit 1"} and "unit 2" not in {line.get_gid() for line in ax().lines}
 
 
+def test_a_browsers_rounding_of_a_slider_is_not_a_move(demo, units):
+    e = RecordingExplorer(*demo, duration=.2, view="raw")
+    e.jump(1)
+    start, before = e.start, drawn(e)
+    e._slider.value = round(start / e._slider.step) * e._slider.step      # what noUiSlider sends back
+    e._zoom.value = .1995
+    assert (e.start, e.duration) == (start, .2) and not redrawn(e, before)
+    e._slider.value += e._slider.step                                   # an arrow key
+    assert e.start > start and redrawn(e, before)
+    units.threshold = .25; units._threshold.value = .26
+    assert units.threshold == .25
+
+
+def test_messages_of_a_browser_take_turns(demo):
+    "JupyterLab sends messages of widgets to two threads of the kernel; drawn at once, a figure is taken apart while it is drawn."
+    import threading
+    e = RecordingExplorer(*demo, duration=.2, view="raw")
+    failed, drawing, most = [], set(), []
+    traces = e.panels["traces"]
+    show = traces.show
+
+    def watched(*args):
+        drawing.add(threading.get_ident()); most.append(len(drawing))
+        try: show(*args)
+        except Exception as error: failed.append(error)
+        drawing.discard(threading.get_ident())
+
+    def message(control, **state): control.comm.handle_msg(dict(content=dict(data=dict(method="update", state=state, buffer_paths=[])), buffers=[], metadata={}))
+    traces.show = watched
+    threads = [threading.Thread(target=lambda c=c, values=values: [message(c, value=v) for v in values]) for c, values in
+               ((e._slider, np.linspace(.1, 4, 8)), (e._zoom, np.tile([.1, .4], 4)))]
+    for t in threads: t.start()
+    for i in range(8): e.view = ("standardised", "raw")[i % 2]
+    for t in threads: t.join()
+    assert not failed and max(most) == 1 and len(most) == 24
+    assert (e.start, e.duration) == (4., .4)
+
+
 def test_recording_channels_by_name_and_by_site(demo):
     e = RecordingExplorer(demo[0], view="raw")
     names = list(demo[0].channel_ids)

@@ -180,7 +180,6 @@ def test_units_are_picked_merged_undone_and_saved(opened, lab):
     no_error(page)
 
 
-@pytest.mark.slow          # passed twice and failed twice in whole runs: the jump to a spike was not shown within 30 s; not understood yet
 def test_recording_is_scrolled_and_channels_are_clicked(opened):
     page = opened("recording", "from spike_ppl.recording import demo_recording\nfrom spike_ppl.explore import RecordingExplorer\nrecording, truth = demo_recording(seed=0, duration=5.)",
                   "explorer = RecordingExplorer(recording, truth, duration=.2)\nexplorer", dark=True)

@@ -206,7 +206,7 @@ def traces(
     units:str|None=None, # of the samples; None: µV where the recording knows its gains, else as stored
     spread:float|None=None, # distance between channels, in these units; None: from the data
     image:bool|None=None, # an image instead of lines; None: above 48 channels
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw some milliseconds of a recording, channel above channel; spikes in their unit's colour."
     rate, n = recording.get_sampling_frequency(), recording.get_num_samples()
@@ -305,7 +305,7 @@ def probe(
     centre=None, # channel id of the circle; None: the most central one
     units=None, # (x, y) of units, µm: mapping or array (unit, 2), or a unit table with columns x, y
     names:bool|None=None, # write channel ids; None: up to 64 channels
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the probe's sites, a neighbourhood radius and the positions of units, in µm."
     xy, ids = _positions(where)
@@ -357,7 +357,7 @@ def spike(
     index:int=0, # which spike, by position
     *, unit:int|None=None, # colour of this unit
     channels=None, # channel ids; None: all, or the 16 nearest the peak
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw one spike on its channels, in the layout of the probe."
     if not -waveforms.sizes["spike"] <= index < waveforms.sizes["spike"]: raise IndexError(f"spike {index} of {waveforms.sizes['spike']}")
@@ -377,13 +377,13 @@ def spike(
 def unit_waveforms(
     waveforms:xr.DataArray, # (spike, time, channel)
     labels, # one unit per spike, or a fit
-    unit:int,
+    unit:int, # its id
     *, n:int=100, # spikes drawn, at most
     channels=None, # channel ids; None: all, or the 16 nearest the main one
     seed:int=0, # which spikes are drawn
     band:bool=True, # mean and one standard deviation to either side
     scale:float|None=None, # µm per unit of amplitude, to compare panels; None: to fit
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw a sample of a unit's spikes, their mean and their spread, in the layout of the probe."
     labels = _labels(labels, waveforms.sizes["spike"])
@@ -508,7 +508,7 @@ def _matrix(ax, values, names, label, cmap="viridis", vmin=None, vmax=None, text
 def similarity(
     matrix:xr.DataArray, # (unit, unit_bis) of `units.similarity`, or merge probabilities
     *, label:str|None=None, # of the colour bar; None: the array's long_name or name
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw how alike units are, as a labelled matrix."
     values = np.asarray(matrix, dtype=float)
@@ -570,8 +570,8 @@ def clusters(
     means:bool=True, # mark the units' means
     outliers:bool=False, # draw the spikes of no unit too
     key:bool=True, # legend of units
-    seed:int=0,
-    ax=None,
+    seed:int=0, # which spikes are drawn, where not all are
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw spikes of some units in the plane that separates them (LDA) or shows their spread (PCA)."
     x = np.asarray(features, dtype=float)
@@ -625,7 +625,7 @@ def neighbour_grid(
     method:str="lda", # or "pca"
     n:int=400, # spikes drawn per unit, at most
     certainty=None, # (spike) in 0..1: fainter where unsure
-    seed:int=0,
+    seed:int=0, # which spikes are drawn, where not all are
     ax=None, # None, an array of axes, or one axes to divide
 ):
     "Draw each unit with the k units closest to it, a panel each; returns the panels' axes."
@@ -654,12 +654,12 @@ def unit_composite(
     features, # (spike, feature) array
     waveforms:xr.DataArray, # (spike, time, channel) of the same spikes
     labels, # one unit per spike, or a fit
-    unit:int,
+    unit:int, # its id
     *, k:int=2, # neighbours drawn with it
     method:str="lda", # or "pca"
     templates=None, # Dataset or array (unit, time, channel); None: means of the waveforms
     certainty=None, # (spike) in 0..1
-    seed:int=0,
+    seed:int=0, # which spikes are drawn, where not all are
     ax=None, # None, two axes, or one axes to divide
 ):
     "Draw a unit among its k closest: their scatter beside their templates; returns the two axes."
@@ -679,7 +679,7 @@ def _overlay(data, units, ax): return templates(data, units=units, overlay=True,
 def cluster_sizes(
     data, # one unit per spike (array), or a fit: then with the posterior's spread over draws
     *, units=None, # which units; None: all
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw how many spikes each unit has, with the posterior's 89 % interval when a fit is given."
     ax = _axes(ax, 6, 3.2)
@@ -739,7 +739,7 @@ def _counts(fit):
 def n_units(
     data, # a fit, or the probabilities of `partition.n_units` (dim n_units)
     *, truth:int|None=None, # marked, when known
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the posterior of the number of units."
     if isinstance(data, xr.DataTree):
@@ -765,8 +765,8 @@ def coclustering(
     matrix, # (spike, spike_bis): probability that two spikes are of one unit; or a fit
     labels=None, # order by these units, and frame them
     *, n:int=400, # spikes drawn, at most
-    seed:int=0,
-    ax=None,
+    seed:int=0, # which spikes are drawn, where not all are
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the probability that pairs of spikes belong together, units framed."
     if isinstance(matrix, xr.DataTree):
@@ -804,7 +804,7 @@ def parameters(
     variable:str="weights", # of the posterior
     *, feature=None, # which feature, for variables that have one
     units=None, # which units; None: all, at most 20
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw a parameter over the draws, a line per unit and chain."
     post = fit["posterior"]
@@ -836,7 +836,7 @@ def parameters(
 def elbo(
     fit, # a fit by vb or advi, or its bound per iteration
     *, skip:int=0, # first iterations left out of the limits
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the evidence lower bound over iterations."
     if isinstance(fit, xr.DataTree):
@@ -861,7 +861,7 @@ def optimisation_path(
     variable:str="weights", # of the optimisation group: weights, means, variances
     *, feature=None, # which feature, for variables that have one
     units=None, # which units; None: all, at most 20
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw a parameter's expectation over the iterations of variational inference, a line per unit."
     path = fit["optimisation"].to_dataset() if "optimisation" in fit.children else xr.Dataset()
@@ -895,7 +895,7 @@ def ppc(
     data, # a fit with posterior_predictive and observed_data groups, or the observed features (spike, feature)
     predicted=None, # (draw, spike, feature) or (spike, feature), with observed features
     *, features=None, # names or positions of the features drawn; None: the six of largest variance
-    bins:int=50,
+    bins:int=50, # of each histogram
     draws:int=30, # predictive data sets drawn, at most
     ax=None, # None, an array of axes, or one axes to divide
 ):
@@ -938,7 +938,7 @@ def reliability(
     *, bins:int=10,
     name:str="", # of the curve, for the legend
     unit:int=0, # colour
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw how often what was said with probability p came true: on the diagonal when calibrated."
     if isinstance(probability, xr.Dataset):
@@ -971,7 +971,7 @@ def residuals(
     *, units=None, # which units; None: all, at most 12
     bins:int=80,
     limit:float=6., # of the axis, in standard deviations
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the density of standardised residuals beside the standard normal they should follow."
     r = np.asarray(data, dtype=float)
@@ -997,8 +997,8 @@ def amplitude_over_time(
     times=None, # s, with amplitudes that carry no sample_index
     *, units=None, # which units; None: all, at most 12
     n:int=2000, # spikes drawn per unit, at most
-    seed:int=0,
-    ax=None,
+    seed:int=0, # which spikes are drawn, where not all are
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the amplitude of units' spikes over the recording: drift and bursts show here."
     name = getattr(data, "attrs", {}).get("units", "a.u.")
@@ -1096,7 +1096,7 @@ def cross_correlogram(
     refractory:float=1.5, # ms, shaded
     expected:bool=True, # the count per bin if the two fired independently, dashed
     duration:float|None=None, # s, of the recording, for `expected`; None: the span of the spikes
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the correlogram of two units' spike times, or of one with itself."
     ax = _axes(ax, 4, 3)
@@ -1117,7 +1117,7 @@ def intervals(
     window:float=50., # ms
     bin:float=1., # ms
     refractory:float=1.5, # ms, shaded
-    ax=None,
+    ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the inter-spike intervals of a unit, the refractory period shaded and the violations counted."
     ax = _axes(ax, 4, 3)
@@ -1135,13 +1135,13 @@ def merge_evidence(
     features, # (spike, feature) array
     waveforms, # (spike, time, channel) of the same spikes, or templates (Dataset)
     labels, # one unit per spike, or a fit
-    unit:int,
-    other:int,
+    unit:int, # its id
+    other:int, # id of the second
     *, times=None, # s, per spike; None: from the features' sample_index and sampling_rate
     window:float=20., # ms, of the cross-correlogram
     bin:float=.5, # ms
     n:int=3000, # spikes per unit used for the line, at most
-    seed:int=0,
+    seed:int=0, # which spikes are drawn, where not all are
     ax=None, # None, three axes, or one axes to divide
 ):
     "Draw two units' templates, their spikes on the line that separates them, and their cross-correlogram; returns the three axes."

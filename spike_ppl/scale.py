@@ -87,7 +87,7 @@ class Found(NamedTuple):
 
 # %% ../nbs/12_scale.ipynb #a85ecc5c
 def save_found(
-    found:Found,
+    found:Found, # what a job returned
     path, # file, .npz
 ):
     "Write a job's result, whole or not at all; returns the path."
@@ -131,14 +131,14 @@ model_lock = threading.RLock()   # PyTensor compiles and runs for one thread of 
 # %% ../nbs/12_scale.ipynb #bc9dc251
 def cluster_part(
     recording, # SpikeInterface recording of one neighbourhood
-    seed=0,
+    seed=0, # of everything random
     n_features=10, # principal components of the whitened windows
     truncation=20, # most units
     threshold=5., # of `find_spikes`, noise sd
     memory=1e9, # bytes for traces and windows; more windows than that go to a temporary Zarr store
     most=20_000, # clear spikes that the mixture is fitted to
     method="vb", # of `inference.fit`
-    progressbar=False,
+    progressbar=False, # show how far it is
 )->Labelled:
     "Sort by one mixture: find, cut, whiten, project, fit to the clear spikes, posterior of every spike."
     from spike_ppl.projection import PCA
@@ -193,7 +193,7 @@ class PartJob:
     def __init__(self,
         recording, # SpikeInterface recording with a probe
         sort=None, # function (recording, seed=..., **options) with `.labels` and, if it has one, the standardised `.recording`; None: `cluster_part`
-        seed=0,
+        seed=0, # of the whole; each neighbourhood has its own
         last=False, # whether a last pass follows, which looks for the spikes of no unit itself
         fits=None, # folder in which to keep the `.fit` of each result, as part_00000.nc
         **options, # of the function
@@ -231,7 +231,7 @@ def templates_of(
     labels, # (spike,) unit, -1: of none; coords sample_index, peak_channel
     most=300, # spikes averaged per unit
     half=1., # ms before and after
-    seed=0,
+    seed=0, # of everything random
 ): # units (unit,), mean waveforms (unit, time, channel) float32, spikes in each mean (unit,)
     "The mean waveform of each unit."
     rate, z = recording.get_sampling_frequency(), labels.values
@@ -261,7 +261,7 @@ def run_jobs(
     retries=2, # times that a job is tried again when its worker dies
     write=save_found, # (result, path): how a result is kept
     read=load_found, # path -> result
-    progressbar=True,
+    progressbar=True, # show how far it is
     name="neighbourhoods", # of the progress bar, and of the tasks on a cluster's dashboard
     of=None, # tasks that the folder is for, if these are not all of them
 )->list: # the results, in the order of the tasks
@@ -390,9 +390,9 @@ def same_unit(
     times_a, # sorted spike times of one unit, samples
     times_b, # of the other
     template_a, # (time, channel) on the shared channels, noise sd
-    template_b,
+    template_b, # of the other
     n_a, # spikes averaged in the template
-    n_b,
+    n_b, # of the other
     within, # samples; closer spikes coincide
     tolerance=.1, # part of its size by which a waveform may differ from job to job
 )->float: # log odds
@@ -527,7 +527,7 @@ def last_tasks(
     parts, # all neighbourhoods
     most=200, # spikes of a unit that its template is made of
     least=3., # noise sd; a unit reaches a channel where its mean waveform exceeds this
-    seed=0,
+    seed=0, # of everything random
 )->list: # of LastTask, one per neighbourhood
     "What each neighbourhood must know of the joined units."
     z, t, sure = merged.labels.values, merged.labels["sample_index"].values, merged.labels["probability"].values
@@ -576,7 +576,7 @@ def after_last_pass(
 def sort_in_parts(
     recording, # SpikeInterface recording with a probe
     sort=None, # function that sorts one neighbourhood; None: `cluster_part`
-    seed=0,
+    seed=0, # of everything random
     *,
     radius=60., # µm, of `neighbourhoods`
     size=16, # channels owned, of `neighbourhoods`
@@ -586,7 +586,7 @@ def sort_in_parts(
     retries=2, # of `run_jobs`
     share=None, # (I, N): run only the I-th of N shares of the neighbourhoods, keep them in `folder`, and return None
     missing="run", # neighbourhoods that `folder` does not hold: "run", or "refuse"
-    progressbar=True,
+    progressbar=True, # show how far it is
     **options, # of the sorting function
 )->Merged:
     "Sort a recording by neighbourhoods; the result does not depend on where they run."
@@ -646,7 +646,11 @@ def missing_parts(
 
 class MissingParts(ValueError):
     "Results that are needed are not there: `missing`, of `n` neighbourhoods."
-    def __init__(self, missing, n, folder):
+    def __init__(self,
+        missing, # their indices
+        n, # how many neighbourhoods there are
+        folder, # where they should be
+    ):
         self.missing, self.n = missing, n
         super().__init__(f"{len(missing)} of {n} neighbourhoods are not in {str(folder)!r}: {', '.join(map(str, missing[:12]))}{', ...' if len(missing) > 12 else ''}. Run them first.")
 
@@ -662,7 +666,14 @@ def portable(
         warnings.filterwarnings("ignore", "The extractor is not serializable")   # that is why it is saved
         return recording.save(folder=folder, format="binary", verbose=False, progress_bar=False)
 
-def job_key(recording, sort, seed, radius, size, options):
+def job_key(
+    recording, # SpikeInterface recording
+    sort, # function that sorts one neighbourhood
+    seed, # of the whole
+    radius, # µm, of `neighbourhoods`
+    size, # of `neighbourhoods`
+    options, # of the sorting function, a dict
+)->str:
     "What the results of the neighbourhoods depend on, as text."
     what = "cluster_part" if sort is None else f"{getattr(sort, '__module__', '')}.{getattr(sort, '__qualname__', repr(sort))}"
     xy = recording.get_channel_locations()

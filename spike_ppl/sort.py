@@ -183,7 +183,7 @@ def learn_shapes(
     threshold=5., # sd; peaks to learn from
     max_peaks=5000, # of them at most
     seconds=60., # of recording at most
-    seed=0,
+    seed=0, # of everything random
 ):
     "The space of spike shapes of a recording, from its largest single-channel peaks."
     rate = recording.get_sampling_frequency()
@@ -1164,7 +1164,7 @@ def sort(
     waveforms=True, # cut the waveforms of all spikes
     leftovers=True, # look for spikes of no unit
     folder=None, # keep what is found along the way here, and go on from it
-    progressbar=True,
+    progressbar=True, # show how far it is
     **options, # of `inference.fit`
 )->Sort:
     "Units of a recording, and for each spike the posterior probability of its unit."
@@ -1367,8 +1367,8 @@ sort.last_pass = LastPass
 def sort_by_neighbourhoods(
     recording, # SpikeInterface recording with a probe
     model=None, # these as in `sort`
-    method="vb",
-    seed=0,
+    method="vb", # of `inference.fit`
+    seed=0, # of everything random
     *,
     radius=60., # µm around its own channels that a neighbourhood also reads
     size=16, # most channels that a neighbourhood owns
@@ -1378,7 +1378,7 @@ def sort_by_neighbourhoods(
     missing="run", # neighbourhoods that `folder` does not hold: "run", or "refuse"
     waveforms=True, # cut the waveforms of the spikes, of as many as fit into a fourth of `memory`
     memory=4e9, # bytes for traces and waveforms, of each worker
-    progressbar=True,
+    progressbar=True, # show how far it is
     **options, # of `sort`
 )->Sort:
     "Units of a large probe: neighbourhoods sorted one by one, joined, and all spikes matched once more."
@@ -1515,9 +1515,9 @@ figure{margin:0}figcaption{color:#555;font-size:.85rem}dt{font-weight:600}dd{mar
 
 # %% ../nbs/13_sort.ipynb #4de646fd
 def make_report(
-    result:Sort,
+    result:Sort, # what `sort` returned
     arguments=None, # of the command
-    status="done",
+    status="done", # "done", or what ended the run
 )->str: # HTML
     "A report that needs no other file."
     from html import escape
@@ -1849,10 +1849,10 @@ def cluster_peaks(
     recording, # SpikeInterface recording, raw or standardised
     sample_index, # peaks (spike,)
     model=None, # as in `sort`
-    method="vb",
-    seed=0,
-    truncation=20,
-    n_jobs=1,
+    method="vb", # of `inference.fit`
+    seed=0, # of everything random
+    truncation=20, # most units
+    n_jobs=1, # threads
 )->np.ndarray: # unit of each peak, -1: of none
     "Units of given peaks: one fit of the mixture, then the second look at each cluster's own windows."
     t = np.asarray(sample_index, "int64")

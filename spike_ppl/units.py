@@ -231,7 +231,7 @@ def similarity(
 # %% ../nbs/10_units.ipynb #be41a6c9
 def closest(
     templates, # Dataset of `templates`, or a matrix of `similarity`
-    unit:int,
+    unit:int, # its id
     k:int=2, # how many
     method:str="squared", # see `similarity`
     **kwargs, # for `similarity`
@@ -1056,10 +1056,10 @@ def to_nwb(
     *, templates:xr.Dataset|None=None, # None: computed from the waveforms, when there are any
     table:pd.DataFrame|None=None, # None: of `unit_table`
     curation:Curation|None=None, # decisions to apply; its labels become column `quality`
-    session_description:str="spike sorting by spike_ppl",
+    session_description:str="spike sorting by spike_ppl", # NWB demands one
     identifier:str|None=None, # of the file; None: from its name
     session_start_time=None, # datetime with time zone; NWB demands one: without it 1970-01-01 stands there, and a warning is given
-    overwrite:bool=False,
+    overwrite:bool=False, # replace an existing file
     **more, # for `Clustering`
 ): # the path, or the NWBFile that was given
     "Write units, their waveforms and their spikes' assignment probabilities as an NWB Units table."

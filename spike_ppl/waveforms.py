@@ -54,7 +54,7 @@ def find_spikes(
     seed=0, # of the noise estimate, if the recording is not standardised
     n_jobs=1, # parallel jobs
     chunk_duration=1., # s read at a time
-    progressbar=False,
+    progressbar=False, # show how far it is
     **method_options, # further arguments of the SpikeInterface method
 ):
     "The spikes as an xarray Dataset over `spike`: `sample_index`, `peak_channel`, `channel_index`, `amplitude`; sorted by time."
@@ -113,7 +113,7 @@ def cut(
     memory=2e9, # bytes the waveforms may take in memory
     chunk_duration=5., # s read at a time
     n_jobs=1, # threads
-    progressbar=False,
+    progressbar=False, # show how far it is
     overwrite=False, # replace an existing store
 ):
     """Waveforms (spike, time, channel) with the coordinates and attributes of the data contract, float32.

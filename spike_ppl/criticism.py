@@ -233,7 +233,9 @@ def _judge(table, label_free, values, n_chains):
 def join_chains(
     *fits:xr.DataTree, # fits of the same data by draws; their numbers of units may differ
 ) -> xr.DataTree: # one fit whose chains are theirs; parameters of missing units are NaN with weight zero
-    "Fits put side by side as chains of one, to compare runs that were made apart."
+    """Fits put side by side as chains of one, to compare runs that were made apart.
+
+    Raises `ValueError` for fits without assignment draws, or of different spikes."""
     if not fits: raise ValueError("join_chains: give at least one fit.")
     first, role = fits[0], roles(fits[0])
     for other in fits[1:]:
@@ -346,7 +348,9 @@ def posterior_predictive(
     model=None, # the `pm.Model`, when it is not one of the package's
     max_bytes:float=1e9, # refuse more
 ) -> xr.DataTree: # the fit with a group posterior_predictive (chain=1, draw, spike, feature), as ArviZ's plots take it
-    "Adds data sets simulated from the posterior, with assignments drawn anew from the weights."
+    """Adds data sets simulated from the posterior, with assignments drawn anew from the weights.
+
+    Raises `ValueError` if the replicates would take more than `max_bytes`."""
     chain, draw = _positions(fit, draws)
     name = roles(fit)["observed"]
     x = fit["observed_data"][name]
@@ -580,7 +584,9 @@ def prior_check(
     draws:int=200, # data sets simulated from the prior
     seed:int=0, # of the simulation
 ) -> xr.Dataset: # observed (statistic, feature), replicated (sample, statistic, feature), p_value (statistic, feature); attrs ok, verdict
-    "Prior predictive check of location, spread and extremes against the data's scale."
+    """Prior predictive check of location, spread and extremes against the data's scale.
+
+    Raises `ValueError` for a model with no or several observed variables."""
     import pymc as pm
     if len(model.observed_RVs) != 1: raise ValueError(f"prior_check needs one observed variable, the model has {[v.name for v in model.observed_RVs]}.")
     rv = model.observed_RVs[0]
@@ -694,7 +700,9 @@ def compare(
     draws:int=1000, # draws used per fit, at most
     models:dict|None=None, # {name: pm.Model} for models that are not the package's
 ) -> pd.DataFrame: # ArviZ's comparison by LOO, best first, with units, sure (mean certainty of a spike) and good_k columns; attrs["caution"]
-    "Fits side by side: predictive density by LOO, number of units, and certainty."
+    """Fits side by side: predictive density by LOO, number of units, and certainty.
+
+    Raises `ValueError` for fewer than two fits, or fits of different spikes."""
     import arviz as az
     if len(fits) < 2: raise ValueError(f"compare needs at least two fits, got {len(fits)}.")
     prints = {k: _fingerprint(f) for k, f in fits.items()}

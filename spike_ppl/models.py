@@ -36,7 +36,9 @@ def toy(
     n_features:int=2, # features per spike
     seed:int=0, # same seed, same data
 ) -> tuple: # features, a DataArray (spike, feature) without unit; labels, int64 (n,)
-    "Simulated features of well separated units, and the unit that each spike really came from."
+    """Simulated features of well separated units, and the unit that each spike really came from.
+
+    Raises `ValueError` for fewer spikes than units, or a count below 1."""
     for name, value in dict(n=n, n_units=n_units, n_features=n_features).items():
         if value < 1: raise ValueError(f"toy: {name}={value}, expected at least 1.")
     if n < n_units: raise ValueError(f"toy: {n} spikes cannot show {n_units} units; ask for n >= n_units.")
@@ -396,7 +398,9 @@ def template_mixture(
     marginal:bool=False, # integrate gains and shifts out
     priors:dict|None=None, # changes to `default_priors(features, n_units)`
 ) -> pm.Model: # free variables weights, means, gains, gain_variance, noise_variance, assignments (shifts, shift_variance); observed features
-    "Mixture of templates: a unit's spikes differ by a gain, a small time shift and known noise."
+    """Mixture of templates: a unit's spikes differ by a gain, a small time shift and known noise.
+
+    Raises `ValueError` for waveforms without `noise`, and for a `derivative` of another shape."""
     if isinstance(features, xr.DataArray) and set(features.dims) == {"spike", "time", "channel"}:
         if noise is None: raise ValueError("template_mixture: waveforms need noise=waveforms.noise_covariance(recording, ...), or give whitened features.")
         from spike_ppl.projection import Identity, Whitening
@@ -438,7 +442,9 @@ def drifting(
     block=None, # block of each spike, 0 .. n_blocks - 1, instead of the above
     priors:dict|None=None, # changes to `default_priors(features, n_units)`
 ) -> pm.Model: # free variables weights, block_means, variances, drift_variance, assignments; observed features
-    "Mixture of Gaussians whose means take a random walk over blocks of time."
+    """Mixture of Gaussians whose means take a random walk over blocks of time.
+
+    Raises `ValueError` for fewer than 2 blocks, or a `block` that does not fit the spikes."""
     x, names, _ = _check(features, n_units, "n_units")
     n_blocks = _count(n_blocks, "n_blocks")
     if n_blocks < 2: raise ValueError(f"n_blocks={n_blocks}, expected at least 2; without drift use gmm or dpmm.")
@@ -472,7 +478,9 @@ def build(
     features, # DataArray (spike, feature) or array (n, d)
     **args, # what the model's function takes
 ) -> pm.Model: # the model
-    "The model of that name for these features."
+    """The model of that name for these features.
+
+    Raises `ValueError` for an unknown name, `TypeError` for an argument that its model does not take."""
     if name not in models: raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(models))}.")
     known = set(list(inspect.signature(models[name]).parameters)[1:])
     if set(args) - known: raise TypeError(f"{name}: unknown argument {sorted(set(args) - known)}; it takes {sorted(known)}.")

@@ -40,7 +40,9 @@ from scipy.optimize import linear_sum_assignment
 def roles(
     fit:xr.DataTree, # result of `inference.fit`
 ) -> dict: # assignments, weights, observed: names of variables; outlier_unit: index or None
-    "Which variable of the fit plays which part."
+    """Which variable of the fit plays which part.
+
+    Raises `TypeError` for anything but a DataTree, `ValueError` for one that `inference.fit` did not make."""
     if not isinstance(fit, xr.DataTree):
         raise TypeError(f"expected a fit (xarray.DataTree from inference.fit), got {type(fit).__name__}.")
     if "roles" not in fit.attrs:
@@ -239,7 +241,9 @@ def n_units(
     seed:int=0, # for fits that hold probabilities instead of draws
     model=None, # the model, see `assignment_draws`
 ) -> xr.DataArray: # probability (n_units)
-    "Posterior distribution of the number of occupied units; the outlier component is none."
+    """Posterior distribution of the number of occupied units; the outlier component is none.
+
+    Raises `ValueError` for a `min_size` below 1."""
     if min_size < 1: raise ValueError(f"min_size={min_size}, expected at least 1.")
     d = _draws(fit, seed=seed, model=model)
     counts = (_sizes(*_canonical(d.labels))[:, 1:] >= min_size).sum(1)
@@ -286,7 +290,9 @@ def coclustering(
     max_bytes:float=1e9, # refuse a matrix larger than this
     model=None, # the model, see `assignment_draws`
 ) -> xr.DataArray: # float (spike, spike_bis), coords `spike` and `spike_bis` are indices into the fit's spikes
-    "Posterior probability that two spikes belong to the same unit; exact for the spikes asked for."
+    """Posterior probability that two spikes belong to the same unit; exact for the spikes asked for.
+
+    Raises `ValueError`, with what to do instead, if the matrix would be larger than `max_bytes`."""
     d = _draws(fit, model=model)
     n = d.labels.shape[1]
     index = _which(spikes, n, seed, max_bytes)
@@ -573,7 +579,9 @@ def credible_partitions(
     seed:int=0, # of the search and, for `vb`, of the draws
     model=None, # the model, see `assignment_draws`
 ) -> xr.Dataset: # partition (bound, spike), bound_distance (bound), n_units (bound), distance (sample); attrs radius, level, loss
-    "The point estimate, the radius of the credible ball around it, and the ball's most extreme partitions."
+    """The point estimate, the radius of the credible ball around it, and the ball's most extreme partitions.
+
+    Raises `ValueError` for a `level` outside (0, 1]."""
     if not 0 < level <= 1: raise ValueError(f"level={level}, expected a probability in (0, 1].")
     d = _draws(fit, seed=seed, model=model)
     n = d.labels.shape[1]
@@ -694,7 +702,9 @@ def relabel(
 
     Stephens, J. R. Stat. Soc. B 62 (2000); Papastamoulis and Iliopoulos, J. Comput. Graph. Stat. 19 (2010). Sticks, where the
     model has them, are recomputed from the reordered weights; other groups are passed on as they are. Where a fit kept the
-    assignments of some draws only, these draws make the result; where it kept none, they are drawn again for at most 200 draws."""
+    assignments of some draws only, these draws make the result; where it kept none, they are drawn again for at most 200 draws.
+
+    Raises `ValueError` for a fit without draws of the weights."""
     role = roles(fit)
     if fit.attrs.get("relabelled") and "unit_size" in fit["sample_stats"]: return fit
     name, weights, outlier = role["assignments"], role["weights"], role["outlier_unit"]
@@ -817,7 +827,9 @@ def certainty(
 
     Per spike: unit, probability, entropy (bits), second (next unit, -1 none), second_probability, outlier_probability. Per unit: size,
     existence, false_positive, false_negative, confusable_with (-1 when it is the only unit), merge_probability, split_probability.
-    Per pair of units: shared, merged."""
+    Per pair of units: shared, merged.
+
+    Raises `ValueError` if the units of `partition` are not named 0, 1, ... without gaps."""
     d = _draws(fit, seed=seed, model=model)
     n = d.labels.shape[1]
     unit = _point(d, "vi", seed, 4)[0] if partition is None else np.asarray(partition)

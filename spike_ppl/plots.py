@@ -208,7 +208,9 @@ def traces(
     image:bool|None=None, # an image instead of lines; None: above 48 channels
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw some milliseconds of a recording, channel above channel; spikes in their unit's colour."
+    """Draw some milliseconds of a recording, channel above channel; spikes in their unit's colour.
+
+    Raises `ValueError` for channels that the recording does not have."""
     rate, n = recording.get_sampling_frequency(), recording.get_num_samples()
     ids = list(recording.channel_ids)
     if channels is None:
@@ -307,7 +309,9 @@ def probe(
     names:bool|None=None, # write channel ids; None: up to 64 channels
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw the probe's sites, a neighbourhood radius and the positions of units, in µm."
+    """Draw the probe's sites, a neighbourhood radius and the positions of units, in µm.
+
+    Raises `ValueError` for a `centre` that is no channel."""
     xy, ids = _positions(where)
     ax = _axes(ax, 4.5, 4.5)
     ink = _ink(ax)
@@ -359,7 +363,9 @@ def spike(
     channels=None, # channel ids; None: all, or the 16 nearest the peak
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw one spike on its channels, in the layout of the probe."
+    """Draw one spike on its channels, in the layout of the probe.
+
+    Raises `IndexError` for a spike that is not there."""
     if not -waveforms.sizes["spike"] <= index < waveforms.sizes["spike"]: raise IndexError(f"spike {index} of {waveforms.sizes['spike']}")
     one = waveforms.isel(spike=index)
     values = np.asarray(one.transpose("time", "channel"), dtype=float)
@@ -416,7 +422,9 @@ def templates(
     same_scale:bool=False, # one amplitude scale for all panels; False: each to its own, with its scale bar
     ax=None, # None, an array of axes, or one axes to divide
 ):
-    "Draw templates, one small panel per unit in the layout of the probe; returns the panels' axes."
+    """Draw templates, one small panel per unit in the layout of the probe; returns the panels' axes.
+
+    Raises `ValueError` for units without a template."""
     mean, sd = _templates(data, labels)
     units = [int(u) for u in mean.unit.values if u >= 0] if units is None else [int(u) for u in np.atleast_1d(units)]
     missing = [u for u in units if u not in mean.unit.values]
@@ -510,7 +518,9 @@ def similarity(
     *, label:str|None=None, # of the colour bar; None: the array's long_name or name
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw how alike units are, as a labelled matrix."
+    """Draw how alike units are, as a labelled matrix.
+
+    Raises `ValueError` for a matrix that is not square."""
     values = np.asarray(matrix, dtype=float)
     if values.ndim != 2 or values.shape[0] != values.shape[1]: raise ValueError(f"expected a square matrix of units, got shape {values.shape}")
     names = matrix[matrix.dims[0]].values if isinstance(matrix, xr.DataArray) else np.arange(len(values))
@@ -527,7 +537,9 @@ def plane(
     *, method:str="lda", # or "pca"
     ridge:float=1e-3, # added to the within-group scatter, as a fraction of its mean diagonal
 )->np.ndarray: # (feature, 2): directions; `(features - features.mean(0)) @ plane` are the coordinates
-    "The plane that shows groups of spikes best: Fisher's discriminants or principal components."
+    """The plane that shows groups of spikes best: Fisher's discriminants or principal components.
+
+    Raises `ValueError` for features that are not (spike, feature), or an unknown `method`."""
     x = np.asarray(features, dtype=float)
     if x.ndim != 2: raise ValueError(f"features are (spike, feature), got shape {x.shape}")
     if method not in ("lda", "pca"): raise ValueError(f"method is 'lda' or 'pca', got {method!r}")
@@ -573,7 +585,9 @@ def clusters(
     seed:int=0, # which spikes are drawn, where not all are
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw spikes of some units in the plane that separates them (LDA) or shows their spread (PCA)."
+    """Draw spikes of some units in the plane that separates them (LDA) or shows their spread (PCA).
+
+    Raises `ValueError` if the units asked for have no spikes."""
     x = np.asarray(features, dtype=float)
     labels = _labels(labels, len(x))
     units = _units(labels, units)
@@ -681,7 +695,9 @@ def cluster_sizes(
     *, units=None, # which units; None: all
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw how many spikes each unit has, with the posterior's 89 % interval when a fit is given."
+    """Draw how many spikes each unit has, with the posterior's 89 % interval when a fit is given.
+
+    Raises `ValueError` for units without spikes."""
     ax = _axes(ax, 6, 3.2)
     low = high = None
     if isinstance(data, xr.DataTree):
@@ -741,7 +757,9 @@ def n_units(
     *, truth:int|None=None, # marked, when known
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw the posterior of the number of units."
+    """Draw the posterior of the number of units.
+
+    Raises `ValueError` for anything but one probability per number of units."""
     if isinstance(data, xr.DataTree):
         from spike_ppl.partition import n_units as posterior
         data = posterior(data)
@@ -768,7 +786,9 @@ def coclustering(
     seed:int=0, # which spikes are drawn, where not all are
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw the probability that pairs of spikes belong together, units framed."
+    """Draw the probability that pairs of spikes belong together, units framed.
+
+    Raises `ValueError` for a matrix that is not square."""
     if isinstance(matrix, xr.DataTree):
         from spike_ppl.partition import coclustering as posterior
         if labels is None: labels = _labels(matrix)
@@ -806,7 +826,9 @@ def parameters(
     units=None, # which units; None: all, at most 20
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw a parameter over the draws, a line per unit and chain."
+    """Draw a parameter over the draws, a line per unit and chain.
+
+    Raises `ValueError` for a variable or a unit that the fit does not have."""
     post = fit["posterior"]
     if variable not in post: raise ValueError(f"no variable {variable!r} in the posterior, which has {list(post.data_vars)}")
     value = post[variable]
@@ -838,7 +860,9 @@ def elbo(
     *, skip:int=0, # first iterations left out of the limits
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw the evidence lower bound over iterations."
+    """Draw the evidence lower bound over iterations.
+
+    Raises `ValueError` for a fit that has no bound."""
     if isinstance(fit, xr.DataTree):
         if "optimisation" not in fit.children: raise ValueError(f"this fit has no 'optimisation' group (method {fit.attrs.get('method')!r}); fit with method='vb' or 'advi'")
         fit = fit["optimisation"]["elbo"]
@@ -863,7 +887,9 @@ def optimisation_path(
     units=None, # which units; None: all, at most 20
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw a parameter's expectation over the iterations of variational inference, a line per unit."
+    """Draw a parameter's expectation over the iterations of variational inference, a line per unit.
+
+    Raises `ValueError` for a fit that kept no path of the variable, or a unit that it does not have."""
     path = fit["optimisation"].to_dataset() if "optimisation" in fit.children else xr.Dataset()
     if variable == "weights" and variable not in path and "sticks" in path:
         # E[w_k] = E[v_k] prod_{j<k} E[1 - v_j]: the sticks are independent under q
@@ -899,7 +925,9 @@ def ppc(
     draws:int=30, # predictive data sets drawn, at most
     ax=None, # None, an array of axes, or one axes to divide
 ):
-    "Draw posterior predictive histograms over those of the data, a panel per feature; returns the panels' axes."
+    """Draw posterior predictive histograms over those of the data, a panel per feature; returns the panels' axes.
+
+    Raises `ValueError` without predicted features, or if they do not match the observed ones."""
     if isinstance(data, xr.DataTree):
         if "posterior_predictive" not in data.children: raise ValueError("this fit has no 'posterior_predictive' group: draw one (see the criticism chapter), or give observed and predicted features")
         name = _role(data, "observed", "features")
@@ -940,7 +968,9 @@ def reliability(
     unit:int=0, # colour
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw how often what was said with probability p came true: on the diagonal when calibrated."
+    """Draw how often what was said with probability p came true: on the diagonal when calibrated.
+
+    Raises `ValueError` for probabilities outside 0..1, or without one outcome for each."""
     if isinstance(probability, xr.Dataset):
         p, o = (np.asarray(probability[v], dtype=float) for v in ("predicted", "observed"))
         count = np.asarray(probability["count"], dtype=float) if "count" in probability else np.ones_like(p)
@@ -1000,7 +1030,9 @@ def amplitude_over_time(
     seed:int=0, # which spikes are drawn, where not all are
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
-    "Draw the amplitude of units' spikes over the recording: drift and bursts show here."
+    """Draw the amplitude of units' spikes over the recording: drift and bursts show here.
+
+    Raises `ValueError` for amplitudes without times."""
     name = getattr(data, "attrs", {}).get("units", "a.u.")
     if isinstance(data, xr.DataArray) and "time" in data.dims:
         amplitude = np.asarray(data["amplitude"]) if "amplitude" in data.coords else np.abs(np.asarray(data, dtype=float)).max((data.dims.index("time"), data.dims.index("channel")))
@@ -1054,7 +1086,9 @@ def correlograms(
     refractory:float=1.5, # ms, shaded
     ax=None, # None, units² axes, or one axes to divide
 ):
-    "Draw auto- (diagonal) and cross-correlograms of units; returns the square array of axes, lower triangle and diagonal filled."
+    """Draw auto- (diagonal) and cross-correlograms of units; returns the square array of axes, lower triangle and diagonal filled.
+
+    Raises `ValueError` without a sampling rate, or for more than 8 units."""
     if isinstance(data, xr.DataArray): 
         sampling_rate = sampling_rate or data.attrs.get("sampling_rate"); data = (data.sample_index.values, data.values)
     if hasattr(data, "get_sampling_frequency"): sampling_rate = data.get_sampling_frequency()
@@ -1144,7 +1178,9 @@ def merge_evidence(
     seed:int=0, # which spikes are drawn, where not all are
     ax=None, # None, three axes, or one axes to divide
 ):
-    "Draw two units' templates, their spikes on the line that separates them, and their cross-correlogram; returns the three axes."
+    """Draw two units' templates, their spikes on the line that separates them, and their cross-correlogram; returns the three axes.
+
+    Raises `ValueError` for spikes without times."""
     x = np.asarray(features, dtype=float)
     labels = _labels(labels, len(x))
     _units(labels, [unit, other])

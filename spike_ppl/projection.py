@@ -417,7 +417,9 @@ class Autoencoder(Projection):
 def load_projection(
     path, # file that `Projection.save` wrote
 ) -> Projection: # ready to transform
-    "The projection kept in a file."
+    """The projection kept in a file.
+
+    Raises `FileNotFoundError` where there is no file, `ValueError` if it holds something else."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no projection at {path}; `save` writes one.")
     try:
@@ -442,7 +444,9 @@ def save_features(
     features, # DataArray (spike, feature)
     path, # file to write, usually .nc
 ) -> Path: # the file
-    "Keep features in a NetCDF file."
+    """Keep features in a NetCDF file.
+
+    Raises `ValueError` if these are not features (spike, feature)."""
     if not isinstance(features, xr.DataArray) or features.dims != ("spike", "feature"):
         raise ValueError("features: expected a DataArray (spike, feature), as a projection's transform returns.")
     f = features.rename("features").copy()
@@ -456,7 +460,9 @@ def save_features(
 def load_features(
     path, # file that `save_features` wrote
 ) -> xr.DataArray: # features (spike, feature) with the labels they had
-    "Features from a file."
+    """Features from a file.
+
+    Raises `FileNotFoundError` where there is no file, `ValueError` if it holds something else."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no features at {path}; `save_features` writes them.")
     try: f = xr.load_dataarray(path, engine="h5netcdf")

@@ -32,7 +32,9 @@ class RecordingWarning(UserWarning):
 def read_geometry(
     path, # text file, one `x y` line (µm) per channel; or a probeinterface file (.json, .prb)
 ):
-    "A `probeinterface.Probe` with one contact per channel, in the order of the file."
+    """A `probeinterface.Probe` with one contact per channel, in the order of the file.
+
+    Raises `RecordingError` for a file that is not there, or holds no positions or several probes."""
     import probeinterface as pi
     path = Path(path)
     hint = "Expected a text file with one 'x y' line in µm per channel, or a probeinterface .json/.prb file."
@@ -358,7 +360,9 @@ def demo_recording(
     """A simulated recording (int16, 0.25 µV per count) and its true sorting.
 
     The sorting's annotation `subsample_shift` says, spike by spike, where between two samples the trough really was;
-    `templates` (unit, time, channel, µV) and the electrodes nearest to each unit are there too."""
+    `templates` (unit, time, channel, µV) and the electrodes nearest to each unit are there too.
+
+    Raises `RecordingError` for a duration or a number of units that makes no sense."""
     from spikeinterface.core import NumpyRecording
     from spikeinterface.core.generate import generate_sorting, generate_templates, generate_unit_locations, InjectTemplatesRecording
     from scipy.signal import butter, freqz_sos, lfilter, sosfiltfilt
@@ -429,7 +433,9 @@ def standardise(
     n_chunks=20, # how many stretches
     chunk_duration=.5, # of each, s
 ):
-    "The recording band-passed without delay and scaled to noise of standard deviation 1, lazily (float32)."
+    """The recording band-passed without delay and scaled to noise of standard deviation 1, lazily (float32).
+
+    Raises `RecordingError` for a band that does not fit the sampling rate, and for silent channels."""
     from spikeinterface.preprocessing import bandpass_filter, zscore, whiten as whitening
     rate = recording.get_sampling_frequency()
     freq_max = .1 * rate if freq_max is None else freq_max

@@ -44,7 +44,9 @@ def neighbourhoods(
     radius=60., # µm around its own channels that a neighbourhood also reads
     size=16, # most channels that one neighbourhood owns
 )->list: # of Neighbourhood
-    "Overlapping neighbourhoods that together own every channel once."
+    """Overlapping neighbourhoods that together own every channel once.
+
+    Raises `ValueError` for positions, a radius or a size that make no sense."""
     if hasattr(probe, "get_channel_locations"): xy, ids = probe.get_channel_locations(), list(np.asarray(probe.channel_ids).tolist())
     else:
         xy = np.asarray(getattr(probe, "contact_positions", probe), float)
@@ -432,7 +434,9 @@ def merge(
     tolerance=.1, # of `same_unit`
     nearby=120., # µm; main channels farther apart are not those of one neuron
 )->Merged:
-    "Join the units of overlapping neighbourhoods by evidence on their spikes and shared channels."
+    """Join the units of overlapping neighbourhoods by evidence on their spikes and shared channels.
+
+    Raises `ValueError` if the results do not own every channel once."""
     from scipy.optimize import linear_sum_assignment
     found = sorted(found, key=lambda f: f.neighbourhood.index)
     if not found: raise ValueError("no results to merge")
@@ -589,7 +593,9 @@ def sort_in_parts(
     progressbar=True, # show how far it is
     **options, # of the sorting function
 )->Merged:
-    "Sort a recording by neighbourhoods; the result does not depend on where they run."
+    """Sort a recording by neighbourhoods; the result does not depend on where they run.
+
+    Raises `ValueError` for a share without a `folder`, `MissingParts` for neighbourhoods that are not there (`missing="refuse"`), `JobFailed` if one fails for good."""
     parts = neighbourhoods(recording, radius, size)
     key = job_key(recording, sort, seed, radius, size, options)
     if share is not None and folder is None: raise ValueError("a share of the neighbourhoods needs a folder that all shares write to; give folder=.")
@@ -632,7 +638,9 @@ def share_of(
     index, # which share, from 0
     of, # how many shares there are
 )->list:
-    "Every `of`-th neighbourhood from `index` on; none if there are fewer neighbourhoods."
+    """Every `of`-th neighbourhood from `index` on; none if there are fewer neighbourhoods.
+
+    Raises `ValueError` for a share that is not one of `of`."""
     if not (int(of) == of and of >= 1): raise ValueError(f"of={of!r}; expected a whole number of shares, 1 or more.")
     if not (int(index) == index and 0 <= index < of): raise ValueError(f"share {index!r} of {of}; shares are numbered from 0 to {of - 1}.")
     return list(parts)[int(index)::int(of)]

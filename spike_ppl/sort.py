@@ -48,7 +48,9 @@ def whitening_filter(
     floor=.02, # smallest power used, as a part of the median power
     seed=0, # of the stretches
 ): # (tap, channel, channel) float32; the middle tap is lag 0
-    "Taps of the zero-phase filter that makes the noise white over time and channels."
+    """Taps of the zero-phase filter that makes the noise white over time and channels.
+
+    Raises `RecordingError` for a recording too short to know its noise."""
     rate, n_samples = recording.get_sampling_frequency(), recording.get_num_samples(0)
     lags = max(4, int(reach * 1e-3 * rate))
     piece, guard = 4 * lags, int(1e-3 * rate)
@@ -185,7 +187,9 @@ def learn_shapes(
     seconds=60., # of recording at most
     seed=0, # of everything random
 ):
-    "The space of spike shapes of a recording, from its largest single-channel peaks."
+    """The space of spike shapes of a recording, from its largest single-channel peaks.
+
+    Raises `RecordingError` if there are no spikes to learn from."""
     rate = recording.get_sampling_frequency()
     w = int(half * 1e-3 * rate)
     found = []
@@ -301,7 +305,9 @@ def cut_at(
     subtract=None, # (matched spikes, Bank, own): spikes to take out; `own` is the row of each spike among them, or -1
     pad=8, # samples on either side that the shift may use
 ): # (spike, time, channel) float32
-    "Windows around times between samples."
+    """Windows around times between samples.
+
+    Raises `ValueError` for spikes too near the ends of the recording."""
     from scipy import fft
     n_total, width = recording.get_num_samples(0), before + after + 1 + 2 * pad
     out = np.empty((len(sample_index), before + after + 1, recording.get_num_channels()), "float32")
@@ -1167,7 +1173,9 @@ def sort(
     progressbar=True, # show how far it is
     **options, # of `inference.fit`
 )->Sort:
-    "Units of a recording, and for each spike the posterior probability of its unit."
+    """Units of a recording, and for each spike the posterior probability of its unit.
+
+    Raises `RecordingError` for a recording that cannot be sorted (see `open_recording`), or in which no units are found."""
     import xarray as xr
     _check_settings(model, method, n_jobs=n_jobs, threshold=threshold, truncation=truncation, rounds=rounds, fewest=fewest, smallest=smallest)
     rate = recording.get_sampling_frequency()
@@ -1381,7 +1389,9 @@ def sort_by_neighbourhoods(
     progressbar=True, # show how far it is
     **options, # of `sort`
 )->Sort:
-    "Units of a large probe: neighbourhoods sorted one by one, joined, and all spikes matched once more."
+    """Units of a large probe: neighbourhoods sorted one by one, joined, and all spikes matched once more.
+
+    Raises `RecordingError` as `sort` does, `JobFailed` if a neighbourhood fails for good, `MissingParts` with `missing="refuse"`."""
     _check_settings(model, method)
     merged = sort_in_parts(recording, sort, seed, radius=radius, size=size, where=where, n_workers=n_workers, folder=folder, missing=missing, progressbar=progressbar,
         model=model, method=method, memory=memory, **options)
@@ -1479,7 +1489,9 @@ def load_sort(
     folder, # written by `Sort.save` or the command
     recording=None, # what was sorted; None: opened as run.json says, if it is still there
 )->Sort:
-    "A sort as it was saved."
+    """A sort as it was saved.
+
+    Raises `FileNotFoundError` for a folder that holds no sort."""
     import xarray as xr
     from spike_ppl.waveforms import load_waveforms
     from spike_ppl.projection import load_features

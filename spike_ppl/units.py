@@ -205,7 +205,9 @@ def similarity(
     method:str="cosine", # "squared" (the study's), "cosine", or "distance" (root of squared)
     *, max_shift:int=0, # samples: the best of all shifts up to this
 )->xr.DataArray: # (unit, unit_bis); attrs: `larger_is` "closer" or "farther"
-    "How alike the templates of units are."
+    """How alike the templates of units are.
+
+    Raises `ValueError` for an unknown `method`, or a shift that does not fit the window."""
     if method not in ("squared", "cosine", "distance"): raise ValueError(f"method is 'squared', 'cosine' or 'distance', got {method!r}")
     mean = templates["mean"] if isinstance(templates, xr.Dataset) else templates
     x = np.asarray(mean.transpose("unit", "time", "channel"), dtype=float)
@@ -236,7 +238,9 @@ def closest(
     method:str="squared", # see `similarity`
     **kwargs, # for `similarity`
 )->list: # unit ids, closest first
-    "The k units most like a unit."
+    """The k units most like a unit.
+
+    Raises `ValueError` for a unit that has no template."""
     s = templates if isinstance(templates, xr.DataArray) and "unit_bis" in templates.dims else similarity(templates, method, **kwargs)
     ids = s.unit.values
     if unit not in ids: raise ValueError(f"unit {unit} is not among {ids.tolist()}")
@@ -428,7 +432,9 @@ def merge_suggestions(
     seed:int=0, # which spikes of large units are used for the valley
     **more, # for `Clustering`: waveforms, features, fit, sampling_rate, ...
 )->pd.DataFrame: # unit, other, probability, shape, valley, cosine, coincidences, expected, log_bf_time, spikes, spikes_other
-    "Pairs of units that may be one neuron, most probable first, with the evidence of shape and of time."
+    """Pairs of units that may be one neuron, most probable first, with the evidence of shape and of time.
+
+    Raises `ValueError` without waveforms, features or a fit to compare units by."""
     c = Clustering.of(result, **more)
     columns = ["unit", "other", "probability", "shape", "valley", "cosine", "coincidences", "expected", "log_bf_time", "spikes", "spikes_other"]
     wanted, units = units, c.units
@@ -516,7 +522,9 @@ def split_suggestions(
     seed:int=0, # of the starts of the cut
     **more, # for `Clustering`
 )->pd.DataFrame: # unit, probability, shape, valley, coincidences, expected, log_bf_time, spikes, part_spikes, part
-    "Units that may hold two neurons, most probable first; `part` marks the spikes (of the unit, in order) of the smaller part."
+    """Units that may hold two neurons, most probable first; `part` marks the spikes (of the unit, in order) of the smaller part.
+
+    Raises `ValueError` without features or waveforms."""
     c = Clustering.of(result, **more)
     columns = ["unit", "probability", "shape", "valley", "coincidences", "expected", "log_bf_time", "spikes", "part_spikes", "part"]
     x, where = _space(c)
@@ -763,7 +771,9 @@ def load(cls:Curation,
     path, # .json file, or the dictionary itself
     labels, # of the spikes the curation was made on
 )->Curation:
-    "Read a curation in SpikeInterface's format and play it on these labels."
+    """Read a curation in SpikeInterface's format and play it on these labels.
+
+    Raises `ValueError` for a curation of other units."""
     data = path if isinstance(path, dict) else json.loads(Path(path).read_text())
     steps = data.get("curation_steps", [data])
     c = cls(labels)
@@ -804,7 +814,9 @@ def to_spikeinterface(
     quality:dict|None=None, # labels of units; None: the curation's
     **more, # for `Clustering`: sample_index, sampling_rate, probability, ...
 ): # NumpySorting
-    "A SpikeInterface sorting whose spikes carry `probability` and `entropy` (in `to_spike_vector()`) and whose units carry their statistics."
+    """A SpikeInterface sorting whose spikes carry `probability` and `entropy` (in `to_spike_vector()`) and whose units carry their statistics.
+
+    Raises `ValueError` without a sampling rate."""
     from spikeinterface.core import NumpySorting
     from spikeinterface.core.base import minimum_spike_dtype
     c = _curated(Clustering.of(result, **more), curation)
@@ -890,7 +902,9 @@ def to_analyzer(
     folder=None, # save it there (binary folder); None: in memory
     **more, # for `Clustering`
 ): # SortingAnalyzer
-    "A SpikeInterface SortingAnalyzer of these units, with the posterior as extension `spike_ppl`."
+    """A SpikeInterface SortingAnalyzer of these units, with the posterior as extension `spike_ppl`.
+
+    Raises `ValueError` without a recording, or for spikes beyond its end."""
     from spikeinterface.core import create_sorting_analyzer
     import spikeinterface.postprocessing, spikeinterface.metrics  # noqa: F401  registers their extensions
     c = Clustering.of(result, **more)
@@ -922,7 +936,9 @@ def to_phy(
     limit:int=32, # channels per template and feature, the nearest; all where there are fewer
     **more, # for `Clustering`
 )->Path: # params.py: open with `phy template-gui params.py`
-    "Write a folder that Phy opens: spikes, templates, features, merge probabilities, per-spike certainty."
+    """Write a folder that Phy opens: spikes, templates, features, merge probabilities, per-spike certainty.
+
+    Raises `FileExistsError` for a folder that is not empty, `ValueError` without templates or a sampling rate."""
     c = _curated(Clustering.of(result, **more), curation)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()): raise FileExistsError(f"{folder} exists and is not empty: give another folder, or remove it")
@@ -1017,7 +1033,9 @@ def _put_features(c, wf, order, cluster, index, put):
 def from_phy(
     folder, # that Phy wrote to (its clusters and groups), or that `to_phy` wrote
 )->xr.DataArray: # (spike), coord sample_index; attrs: sampling_rate, quality (mapping unit -> group)
-    "Labels as curated in Phy: units that were left alone keep their number, new clusters get Phy's; noise becomes -1."
+    """Labels as curated in Phy: units that were left alone keep their number, new clusters get Phy's; noise becomes -1.
+
+    Raises `FileNotFoundError` for a folder that is not Phy's, `ValueError` for files that do not match."""
     folder = Path(folder)
     need = ("params.py", "spike_times.npy")
     missing = [n for n in need if not (folder/n).exists()]
@@ -1062,7 +1080,9 @@ def to_nwb(
     overwrite:bool=False, # replace an existing file
     **more, # for `Clustering`
 ): # the path, or the NWBFile that was given
-    "Write units, their waveforms and their spikes' assignment probabilities as an NWB Units table."
+    """Write units, their waveforms and their spikes' assignment probabilities as an NWB Units table.
+
+    Raises `FileExistsError` for a file that exists, `ValueError` for one that has units already."""
     import pynwb
     c = _curated(Clustering.of(result, **more), curation)
     if templates is None and c.waveforms is not None: templates = _make_templates(c)

@@ -57,7 +57,9 @@ def find_spikes(
     progressbar=False, # show how far it is
     **method_options, # further arguments of the SpikeInterface method
 ):
-    "The spikes as an xarray Dataset over `spike`: `sample_index`, `peak_channel`, `channel_index`, `amplitude`; sorted by time."
+    """The spikes as an xarray Dataset over `spike`: `sample_index`, `peak_channel`, `channel_index`, `amplitude`; sorted by time.
+
+    Raises `ValueError` for a threshold that is not positive."""
     from spikeinterface.sortingcomponents.peak_detection import detect_peaks
     radius = neighbour_radius(recording) if radius is None else float(radius)
     if not threshold > 0: raise ValueError(f"threshold={threshold}; expected a positive number of noise sd.")
@@ -119,7 +121,9 @@ def cut(
     """Waveforms (spike, time, channel) with the coordinates and attributes of the data contract, float32.
 
     `sample_index` stays what was given; `subsample_shift` (samples) says how far from it the trough is, so that time 0 is `sample_index + subsample_shift`.
-    Spikes whose window leaves the recording are dropped, and counted in `attrs['n_dropped_at_edges']`."""
+    Spikes whose window leaves the recording are dropped, and counted in `attrs['n_dropped_at_edges']`.
+
+    Raises `ValueError` if the waveforms would take more than `memory`: give `store` then."""
     plan = _plan(recording, sample_index, peak_channel, before, after, align, max_shift, sign)
     n_bytes = 4 * len(plan.index) * plan.width * plan.n_channels
     if store is None and n_bytes > memory:
@@ -357,7 +361,9 @@ def noise_covariance(
     """Covariance (time, channel, time_bis, channel_bis) of the noise in a window, from stretches without spikes.
 
     Noise does not know where a window starts, so the covariance of two samples depends on their lag alone: every lag is averaged over
-    all windows that fit between spikes (a block-Toeplitz matrix: far fewer numbers to learn than 217 x 217)."""
+    all windows that fit between spikes (a block-Toeplitz matrix: far fewer numbers to learn than 217 x 217).
+
+    Raises `ValueError` if too little of the recording lies between spikes."""
     rate, n = recording.get_sampling_frequency(), recording.get_num_samples(0)
     if isinstance(sample_index, xr.Dataset):
         if peak_channel is None and "peak_channel" in sample_index: peak_channel = sample_index["peak_channel"].values
@@ -426,7 +432,9 @@ def load_waveforms(
     lazy=None, # True: a Dask array; False: in memory; None: lazy if larger than `memory`
     memory=2e9, # bytes
 ):
-    "The waveforms as they were saved."
+    """The waveforms as they were saved.
+
+    Raises `ValueError` for a folder without waveforms."""
     path = Path(path)
     if not (path/".zmetadata").is_file(): raise ValueError(f"{str(path)!r} holds no saved waveforms; expected the folder that save_waveforms or cut(store=...) wrote.")
     w = xr.open_zarr(path, consolidated=True)["waveforms"]
@@ -492,7 +500,9 @@ def read_yass(
     """The outputs of a YASS run as an xarray Dataset.
 
     `sample_index`, `unit` over `spike` (spike_train); `detected_index`, `detected_clear` over `detected` (spike_times, clear_index);
-    `score` over `clear_spike` first; `templates` (unit_id, template_time, channel)."""
+    `score` over `clear_spike` first; `templates` (unit_id, template_time, channel).
+
+    Raises `ValueError` for a folder without YASS's files, or with files of other shapes."""
     folder = Path(folder)
     found = {k: folder/f"{k}.npy" for k in ("spike_times", "clear_index", "score", "spike_train", "templates")}
     found = {k: np.load(p, allow_pickle=False) for k, p in found.items() if p.is_file()}

@@ -1106,16 +1106,20 @@ def _read_fit(path):
 # %% ../nbs/13_sort.ipynb #464fbb09
 class Sort:
     "The result of `sort`: what was sorted, the spikes and their units, how sure each is, and how it came about."
-    def __init__(self, labels, waveforms=None, features=None, fit=None, recording=None, settings=None, timings=None, fits=None, neighbourhoods=None):
-        self.labels = labels          # unit of each spike, -1: of none; coords sample_index, probability, entropy (spike)
-        self.waveforms = waveforms    # (spike, time, channel), of the standardised recording
-        self.features = features      # (spike, feature) that the model was fitted to
-        self.fit = fit                # DataTree; of the area of the probe with most spikes, where there are several; None if it was sorted in parts
-        self.fits = [f for f in [fit] if f is not None] if fits is None else fits # of every area; of parts: one per neighbourhood, if a folder was given to keep them
-        self.recording = recording    # standardised SpikeInterface recording
-        self.settings = settings or {}
-        self.timings = timings or {}  # stage -> wall and cpu seconds
-        self.neighbourhoods = neighbourhoods or [] # what each neighbourhood's job reported, if it was sorted in parts
+    def __init__(self,
+        labels, # unit of each spike, -1: of none; coords sample_index, probability, entropy (spike)
+        waveforms=None, # (spike, time, channel), of the standardised recording
+        features=None, # (spike, feature) that the model was fitted to
+        fit=None, # DataTree; of the area of the probe with most spikes, where there are several; None if it was sorted in parts
+        recording=None, # standardised SpikeInterface recording
+        settings=None, # what `sort` was told
+        timings=None, # stage -> wall and cpu seconds
+        fits=None, # of every area; of parts: one per neighbourhood, if a folder was given to keep them
+        neighbourhoods=None, # what each neighbourhood's job reported, if it was sorted in parts
+    ):
+        self.labels, self.waveforms, self.features, self.recording = labels, waveforms, features, recording
+        self.fit, self.fits = fit, [f for f in [fit] if f is not None] if fits is None else fits
+        self.settings, self.timings, self.neighbourhoods = settings or {}, timings or {}, neighbourhoods or []
 
     @property
     def probability(self): return self.labels["probability"]

@@ -220,6 +220,14 @@ MATH = re.compile(r'<span class="math (inline|display)">(?:\\\(|\\\[)(.*?)(?:\\\
 CDN = re.compile(r'<(?:link|script)\b[^>]*(?:href|src)="https?://[^"]*"[^>]*>(?:</script>)?')
 
 
+def spaced(made):
+    "The small spaces around log and exp, and none inside bars, as TeX sets them and the converter does not."
+    thin, things = '<mspace width="0.167em"/>', "(?:i|n|sub|sup|subsup|row|style|frac|over)"
+    made = re.sub(rf"(</m{things}>|&#x00029;</mo>)(?=(?:<msub>)?<mi>(?:log|exp)</mi>)", rf"\1{thin}", made)
+    made = re.sub(rf"((?<!<msub>)<mi>(?:log|exp)</mi>|<msub><mi>log</mi><mn>\w+</mn></msub>)(?=<m{things}>|<mo>&#x0007C;)", rf"\1{thin}", made)
+    return made.replace("<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0">&#x0007C;</mo>')
+
+
 def mathml(page, text, wrong):
     "Typeset LaTeX as MathML, which browsers read without any script or network."
     from latex2mathml.converter import convert
@@ -237,6 +245,7 @@ def mathml(page, text, wrong):
             return m[0]
         made = made.replace("<mi>&#x0007E;</mi>", '<mo form="infix">&#x0223C;</mo>')  # "is distributed as" is a relation
         made = re.sub(r'<mrow>((?:<mi mathvariant="normal">\w</mi>){2,})</mrow>', lambda n: f"<mi>{re.sub('<[^>]*>', '', n[1])}</mi>", made)  # one word
+        made = spaced(made)
         for mark, sign in (("\ue000", "&lt;"), ("\ue001", "&gt;"), ("\ue002", "&amp;")):
             made = made.replace(mark, sign)
         left = re.findall(r"<m\w+[^>]*>(\\[a-zA-Z]+|&)</m\w+>", made)

@@ -809,6 +809,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spike_ppl.models._weights': ('models.html#_weights', 'spike_ppl/models.py'),
                                   'spike_ppl.models._within': ('models.html#_within', 'spike_ppl/models.py'),
                                   'spike_ppl.models.build': ('models.html#build', 'spike_ppl/models.py'),
+                                  'spike_ppl.models.collisions': ('models.html#collisions', 'spike_ppl/models.py'),
                                   'spike_ppl.models.default_priors': ('models.html#default_priors', 'spike_ppl/models.py'),
                                   'spike_ppl.models.dpmm': ('models.html#dpmm', 'spike_ppl/models.py'),
                                   'spike_ppl.models.drifting': ('models.html#drifting', 'spike_ppl/models.py'),

@@ -643,15 +643,23 @@ class Curation:
         "Join units; the first one's id stays."
         return self._new(do="merge", units=[int(u) for u in units])["into"]
 
-    def split(self, unit, part): # ids of the two parts, that of `part` last
+    def split(self,
+        unit, # its id
+        part, # which of its spikes, in order: a mask or indices
+    ): # ids of the two parts, that of `part` last
         "Cut a unit: `part` is a mask over its spikes in order, or their positions."
         return self._new(do="split", unit=int(unit), part=part)["into"]
 
-    def remove(self, unit):
+    def remove(self,
+        unit, # its id
+    ):
         "Take a unit away: its spikes are of no unit."
         self._new(do="remove", unit=int(unit))
 
-    def label(self, unit, label):
+    def label(self,
+        unit, # its id
+        label, # "good", "mua", "noise", or None
+    ):
         "Call a unit good, mua or noise; None takes the label off."
         self._new(do="label", unit=int(unit), label=label)
 
@@ -667,7 +675,9 @@ class Curation:
         d = self.undone.pop()
         return self._do(d)
 
-    def apply(self, sorting):
+    def apply(self,
+        sorting, # a SpikeInterface sorting of the units it was made for
+    ):
         "A SpikeInterface sorting of the same units with the decisions applied."
         from spikeinterface.curation import apply_curation
         said = self.to_dict(_ids=list(sorting.unit_ids))

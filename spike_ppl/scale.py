@@ -38,7 +38,7 @@ class Neighbourhood(NamedTuple):
     own: tuple       # ids of the channels whose spikes it answers for
     channels: tuple  # ids of the channels it reads: its own and those within the radius
 
-# %% ../nbs/12_scale.ipynb #0a5f2322
+# %% ../nbs/12_scale.ipynb #c48c4507
 def neighbourhoods(
     probe, # SpikeInterface recording, `probeinterface.Probe`, or positions (channel, 2) in µm
     radius=60., # µm around its own channels that a neighbourhood also reads
@@ -87,7 +87,7 @@ class Found(NamedTuple):
     n_samples: int
     info: dict                # times, memory, what the job was
 
-# %% ../nbs/12_scale.ipynb #a85ecc5c
+# %% ../nbs/12_scale.ipynb #bf89f240
 def save_found(
     found:Found, # what a job returned
     path, # file, .npz
@@ -130,7 +130,7 @@ class Labelled(NamedTuple):
 
 model_lock = threading.RLock()   # PyTensor compiles and runs for one thread of a process at a time
 
-# %% ../nbs/12_scale.ipynb #bc9dc251
+# %% ../nbs/12_scale.ipynb #25705f97
 def cluster_part(
     recording, # SpikeInterface recording of one neighbourhood
     seed=0, # of everything random
@@ -189,7 +189,7 @@ def _use(since, clock, **more):
     import resource
     return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **more)
 
-# %% ../nbs/12_scale.ipynb #950eb2f6
+# %% ../nbs/12_scale.ipynb #4013897a
 class PartJob:
     "Sorts one neighbourhood: `job(neighbourhood) -> Found`."
     def __init__(self,
@@ -227,7 +227,7 @@ class PartJob:
         return Found(part, labels["sample_index"].values[order].astype("int64"), labels.values[order].astype("int64"), labels["probability"].values[order].astype(float),
             labels["entropy"].values[order].astype(float), np.asarray(labels["peak_channel"].values)[order], units, templates, n_averaged, rate, n_samples, json.loads(json.dumps(info, default=str)))
 
-# %% ../nbs/12_scale.ipynb #115a8bbc
+# %% ../nbs/12_scale.ipynb #2d316a68
 def templates_of(
     recording, # standardised recording
     labels, # (spike,) unit, -1: of none; coords sample_index, peak_channel
@@ -252,7 +252,7 @@ def templates_of(
 class JobFailed(RuntimeError):
     "A job could not be finished; the message says which, why, and what is kept."
 
-# %% ../nbs/12_scale.ipynb #354fbc2b
+# %% ../nbs/12_scale.ipynb #dd47fc9b
 def run_jobs(
     job, # function of one task; pure and picklable
     tasks, # what it is called with, one after the other; `index` numbers the files
@@ -387,7 +387,7 @@ def coincidences(
     "How many pairs, one to one, can be made of times no farther apart than `within`."
     return int(_coincidences(np.asarray(a, "int64"), np.asarray(b, "int64"), int(within)))
 
-# %% ../nbs/12_scale.ipynb #dc5668ec
+# %% ../nbs/12_scale.ipynb #466c6376
 def same_unit(
     times_a, # sorted spike times of one unit, samples
     times_b, # of the other
@@ -425,7 +425,7 @@ class Merged(NamedTuple):
     info: list              # per neighbourhood: what its job reported
     timings: dict = {}      # stage -> wall and CPU seconds; of the jobs' own stages, summed over the neighbourhoods
 
-# %% ../nbs/12_scale.ipynb #edb5e7f4
+# %% ../nbs/12_scale.ipynb #65128cba
 def merge(
     found, # results of all neighbourhoods
     positions, # recording or probe, or positions (channel, 2) in the order of `ids`
@@ -525,7 +525,7 @@ class LastTask(NamedTuple):
     n_spikes: np.ndarray   # (unit,) spikes found so far
     sample_index: list     # per unit (spike,) times of some of its spikes, sorted
 
-# %% ../nbs/12_scale.ipynb #300ad642
+# %% ../nbs/12_scale.ipynb #a31d346b
 def last_tasks(
     merged:Merged, # the joined units
     parts, # all neighbourhoods
@@ -576,7 +576,7 @@ def after_last_pass(
         templates.append(xr.DataArray(mean, dims=("time", "channel"), coords=dict(time=(np.arange(len(mean)) - len(mean) // 2) / f.sampling_rate * 1000, channel=list(f.neighbourhood.channels))))
     return Merged(labels, units, templates, merged.info, merged.timings)
 
-# %% ../nbs/12_scale.ipynb #4fc05128
+# %% ../nbs/12_scale.ipynb #4a623f69
 def sort_in_parts(
     recording, # SpikeInterface recording with a probe
     sort=None, # function that sorts one neighbourhood; None: `cluster_part`
@@ -632,7 +632,7 @@ def _add_times(timings, name, since, infos):
         old = timings.setdefault(stage, dict(wall=0., cpu=0.))
         for k in old: old[k] = round(old[k] + used[k], 3)
 
-# %% ../nbs/12_scale.ipynb #df845796
+# %% ../nbs/12_scale.ipynb #a7ef3a08
 def share_of(
     parts, # all neighbourhoods
     index, # which share, from 0
@@ -662,7 +662,7 @@ class MissingParts(ValueError):
         self.missing, self.n = missing, n
         super().__init__(f"{len(missing)} of {n} neighbourhoods are not in {str(folder)!r}: {', '.join(map(str, missing[:12]))}{', ...' if len(missing) > 12 else ''}. Run them first.")
 
-# %% ../nbs/12_scale.ipynb #a3b6cc25
+# %% ../nbs/12_scale.ipynb #65c937fb
 def portable(
     recording, # SpikeInterface recording
     folder, # where to write it, if that is needed

@@ -185,7 +185,9 @@ def test_sorts_through_spikeinterface(demo, tmp_path, kind):
 
     recording.save(folder=tmp_path / ("saved.zarr" if kind == "zarr" else "saved"), format=kind, verbose=False)
     saved = load(tmp_path / ("saved.zarr" if kind == "zarr" else "saved"))
-    s = run_sorter("spike_ppl", saved, folder=tmp_path / "out", verbose=False)
+    parts = dict(in_parts=True, size=4) if kind == "zarr" else {}
+    s = run_sorter("spike_ppl", saved, folder=tmp_path / "out", verbose=False, **parts)
+    assert ("last pass" in json.loads((tmp_path / "out" / "sorter_output" / "run.json").read_text())["timings"]) == bool(parts)
     from spike_ppl.sort import compare
     from spike_ppl.units import to_analyzer
 

@@ -33,7 +33,7 @@ def _empty(ax):
     ax.set_prop_cycle(None); ax.relim(); ax.autoscale(True)
     return plots.plain(ax)
 
-# %% ../nbs/14_explore.ipynb #3904e4da
+# %% ../nbs/14_explore.ipynb #933890c4
 class Panel:
     "One figure in an image widget; `show(draw)` draws it again."
     def __init__(self,
@@ -63,6 +63,8 @@ class Panel:
             left, bottom, right, top = self.margins
             grid = self.figure.add_gridspec(1, n, left=left, bottom=bottom, right=right, top=top, wspace=.32)
             self._own = [plots.plain(self.figure.add_subplot(grid[0, i])) for i in range(n)]
+        for a in self._own:            # a number costs as much as a thousand points
+            a.xaxis.get_major_locator().set_params(nbins=round(self.size[0]/n) + 1); a.yaxis.get_major_locator().set_params(nbins=round(self.size[1]) + 1)
         draw(self._own[0] if n == 1 else np.array(self._own, dtype=object))
         self.axes = list(self.figure.axes)
         self.render()

@@ -196,7 +196,7 @@ def _nice(value):
 
 def _amplitude_units(waveforms): return waveforms.attrs.get("units", "a.u.")
 
-# %% ../nbs/08_plots.ipynb #f3152190
+# %% ../nbs/08_plots.ipynb #2b7583a1
 def traces(
     recording, # SpikeInterface recording
     *, start:float=0., # s
@@ -222,26 +222,28 @@ def traces(
     a = int(np.clip(round(start*rate), 0, n - 1)); b = int(np.clip(round((start + duration)*rate), a + 1, n))
     in_uv = recording.has_scaleable_traces() and units in (None, "µV") and recording.get_dtype().kind in "iu"
     data = recording.get_traces(start_frame=a, end_frame=b, channel_ids=channels, return_in_uV=True) if in_uv else recording.get_traces(start_frame=a, end_frame=b, channel_ids=channels)
-    data = np.asarray(data, dtype=float)
+    data = data.astype(np.float32 if data.dtype.kind in "iu" else data.dtype)
+    few = data[::max(1, len(data)//4000)]
+    level = np.median(few, 0)
+    data -= level
     units = units or ("µV" if in_uv else "noise sd" if recording.get_annotation("standardised") else "a.u.")
     ms = np.arange(a, b)/rate*1e3
     ax = _axes(ax, 7, float(np.clip(.35*len(channels) + 1.2, 3, 6)))
     ink = _ink(ax)
     lines = not (image or (image is None and len(channels) > 48))
     if not lines:
-        top = np.percentile(np.abs(data - np.median(data, 0)), 99.5)
-        mesh = ax.imshow((data - np.median(data, 0)).T, aspect="auto", origin="lower", cmap="RdBu", vmin=-top, vmax=top,
+        top = np.percentile(np.abs(few - level), 99.5)
+        mesh = ax.imshow(data.T, aspect="auto", origin="lower", cmap="RdBu", vmin=-top, vmax=top,
             extent=(ms[0], ms[-1], -.5, len(channels) - .5), interpolation="nearest")
         if ax.figure is not None: _colorbar(ax, mesh, f"[{units}]")
         spread, offsets = 1., np.arange(len(channels), dtype=float)
     else:
-        data = data - np.median(data, 0)
-        if spread is None: spread = max(4*np.median(np.abs(data))/.6745*1.6, .35*np.ptp(data), 1e-9)
+        x, y = _envelope(ms, data, max(int(3*ax.bbox.width), 1000))
+        if spread is None: spread = max(4*np.median(np.abs(few - level))/.6745*1.6, .35*np.ptp(y), 1e-9)
         offsets = spread*np.arange(len(channels), dtype=float)
-        x, y = _envelope(ms, data, 3000)
-        segments = np.stack([np.broadcast_to(x[:, None], y.shape), y + offsets], -1).transpose(1, 0, 2)
-        ax.add_collection(LineCollection(segments, colors=ink, linewidths=.6, alpha=.85, gid="traces"))
-        ax.set_ylim(-.8*spread, offsets[-1] + .8*spread)
+        y = y + offsets
+        ax.add_collection(LineCollection(np.stack([np.broadcast_to(x[:, None], y.shape), y], -1).transpose(1, 0, 2), colors=ink, linewidths=.6, alpha=.85, gid="traces"))
+        ax.set_ylim(min(-.8*spread, y.min()), max(offsets[-1] + .8*spread, y.max()))
         bar = _nice(.6*spread)
         ax.plot([1.01]*2, [0, bar], color=ink, lw=1.5, transform=ax.get_yaxis_transform(), clip_on=False, gid="scale", solid_capstyle="butt")
         _note(ax, 1.02, bar/2, f"{bar:g} {units}", transform=ax.get_yaxis_transform(), fontsize=7, va="center", rotation=90)
@@ -251,16 +253,15 @@ def traces(
     ax.set(xlabel="time [ms]", ylabel="channel")
     if sorting is not None:
         sample, unit = _spike_vector(sorting)
-        half = int(.75e-3*rate)
         near = np.flatnonzero((sample >= a) & (sample < b))
         at, of = sample[near] - a, unit[near]
-        peak = [int(np.abs(data[max(s - 2, 0):s + 3]).max(0).argmax()) for s in at]
-        for u in np.unique(of).tolist():
-            x, y = [], []
-            for s, c in ((s, c) for s, c, v in zip(at, peak, of) if v == u):
-                if lines: x += [ms[max(s - half, 0):s + half + 1], [np.nan]]; y += [data[max(s - half, 0):s + half + 1, c] + offsets[c], [np.nan]]
-                else: x.append([ms[s]]); y.append([float(c)])
-            ax.plot(np.concatenate(x), np.concatenate(y), color=unit_colour(u), **(dict(lw=1.3) if lines else dict(ls="", marker="|", ms=9, mew=1.5)), gid=f"unit {u}")
+        window = lambda half: np.clip(at[:, None] + np.arange(-half, half + 1), 0, b - a - 1)     # (spike, sample)
+        peak = np.abs(data[window(2)]).max(1).argmax(1)
+        piece = window(int(.75e-3*rate) if lines else 0)
+        x, y = ms[piece], offsets[peak][:, None] + (data[piece, peak[:, None]] if lines else 0)
+        x, y = (np.c_[v, np.full(len(v), np.nan)] for v in (x, y))       # a gap after each
+        look = dict(lw=1.3) if lines else dict(ls="", marker="o", ms=13, mfc="none", mew=1.4)
+        for u in np.unique(of).tolist(): ax.plot(x[of == u].ravel(), y[of == u].ravel(), color=unit_colour(u), gid=f"unit {u}", **look)
         if len(of): _unit_key(ax, np.unique(of).tolist())
     return ax
 
@@ -300,7 +301,7 @@ def _colorbar(ax, mappable, label, **kwargs):
     bar.set_label(label, color=_ink(ax), size=8)
     return bar
 
-# %% ../nbs/08_plots.ipynb #c2299e05
+# %% ../nbs/08_plots.ipynb #63e2c3f1
 def probe(
     where, # recording, probeinterface Probe, or array with coords x, y (µm) on channel
     *, radius:float|None=None, # µm: circle around `centre`, and its neighbours joined to it
@@ -334,7 +335,7 @@ def probe(
         _unit_key(ax, units, loc="upper left", bbox_to_anchor=(1.01, 1), ncols=1, limit=20)
     span = max(near, .08*np.ptp(xy, axis=0).max(), radius or 0)
     ax.set(xlim=(xy[:, 0].min() - span, xy[:, 0].max() + span), ylim=(xy[:, 1].min() - span, xy[:, 1].max() + span), xlabel="x [µm]", ylabel="y [µm]")
-    if np.ptp(xy[:, 1]) < 12*max(np.ptp(xy[:, 0]), near): ax.set_aspect("equal")
+    if np.ptp(ax.get_ylim()) < 5*np.ptp(ax.get_xlim()): ax.set_aspect("equal")
     return ax
 
 # %% ../nbs/08_plots.ipynb #e33c9474
@@ -355,7 +356,7 @@ def _nearest(xy):
     d = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
     return float(d[d > 0].min()) if (d > 0).any() else 30.
 
-# %% ../nbs/08_plots.ipynb #d71ca6d1
+# %% ../nbs/08_plots.ipynb #7cbd9549
 def spike(
     waveforms:xr.DataArray, # (spike, time, channel)
     index:int=0, # which spike, by position
@@ -379,7 +380,7 @@ def spike(
         ax.set_title(f"spike at {float(one.sample_index)/waveforms.attrs['sampling_rate']:.4f} s")
     return ax
 
-# %% ../nbs/08_plots.ipynb #940cc36b
+# %% ../nbs/08_plots.ipynb #dad6b25a
 def unit_waveforms(
     waveforms:xr.DataArray, # (spike, time, channel)
     labels, # one unit per spike, or a fit
@@ -412,7 +413,7 @@ def unit_waveforms(
     ax.set_title(f"unit {unit}: {len(members):,} spikes" if unit >= 0 else f"no unit: {len(members):,} spikes")
     return ax
 
-# %% ../nbs/08_plots.ipynb #9bb97e8c
+# %% ../nbs/08_plots.ipynb #520e5512
 def templates(
     data, # Dataset of `units.templates` (mean, sd), array (unit, time, channel), or waveforms when `labels` are given
     labels=None, # with waveforms: one unit per spike, or a fit
@@ -436,11 +437,11 @@ def templates(
         m = means[place[u]]
         return m, None if sds is None else sds[place[u]], int(np.abs(m).max(0).argmax())
     if overlay:
-        peaks = {parts(u)[2] for u in units}
         first = parts(units[0])
         if channels is None and mean.sizes["channel"] > 16:
-            channels = [c for u in units for c in _Layout(mean, None, peak=parts(u)[2], limit=10).ids]
-            channels = list(dict.fromkeys(channels))
+            xy = np.c_[mean.x.values, mean.y.values] if "x" in mean.coords else np.zeros((mean.sizes["channel"], 2))
+            near = [p for p in (parts(u)[2] for u in units) if np.linalg.norm(xy[p] - xy[first[2]]) <= 10*_nearest(xy)]      # units far away have nothing to compare
+            channels = list(dict.fromkeys(c for p in near for c in _Layout(mean, None, peak=p, limit=10).ids))
         lay = _Layout(mean, channels, peak=first[2])
         scale = lay.scale(np.stack([parts(u)[0][:, lay.index] for u in units]))
         ax = _axes(ax, 5, 4.5)
@@ -512,7 +513,7 @@ def _matrix(ax, values, names, label, cmap="viridis", vmin=None, vmax=None, text
             for t in ticks: t.set_color(unit_colour(int(t.get_text()))) if t.get_text().lstrip("-").isdigit() else None
     return mesh
 
-# %% ../nbs/08_plots.ipynb #be085dc8
+# %% ../nbs/08_plots.ipynb #688aa2e7
 def similarity(
     matrix:xr.DataArray, # (unit, unit_bis) of `units.similarity`, or merge probabilities
     *, label:str|None=None, # of the colour bar; None: the array's long_name or name
@@ -530,7 +531,7 @@ def similarity(
     ax.set(xlabel="unit", ylabel="unit")
     return ax
 
-# %% ../nbs/08_plots.ipynb #7c290663
+# %% ../nbs/08_plots.ipynb #69774141
 def plane(
     features, # (spike, feature) array
     labels=None, # one unit per spike; needed for "lda"
@@ -571,7 +572,7 @@ def _sign(directions):
     pick = np.abs(directions).argmax(0)
     return directions*np.where(directions[pick, range(directions.shape[1])] < 0, -1, 1)
 
-# %% ../nbs/08_plots.ipynb #fe60f63d
+# %% ../nbs/08_plots.ipynb #a2da8185
 def clusters(
     features, # (spike, feature) array
     labels, # one unit per spike, or a fit
@@ -629,7 +630,7 @@ def _closest(unit, k, features, labels, templates=None):
     d = ((flat - flat[ids.index(unit)])**2).sum(1)
     return [ids[i] for i in np.argsort(d, kind="stable") if ids[i] != unit and ids[i] >= 0 and ids[i] in there][:k]
 
-# %% ../nbs/08_plots.ipynb #2a2157d2
+# %% ../nbs/08_plots.ipynb #05106d59
 def neighbour_grid(
     features, # (spike, feature) array
     labels, # one unit per spike, or a fit
@@ -663,7 +664,7 @@ def neighbour_grid(
         axs[0].figure.supylabel(f"{name} 2 [a.u.]", color=_INK, size=9)
     return axs
 
-# %% ../nbs/08_plots.ipynb #20ad476d
+# %% ../nbs/08_plots.ipynb #ff19ae97
 def unit_composite(
     features, # (spike, feature) array
     waveforms:xr.DataArray, # (spike, time, channel) of the same spikes
@@ -689,7 +690,7 @@ def unit_composite(
 # %% ../nbs/08_plots.ipynb #2782dbec
 def _overlay(data, units, ax): return templates(data, units=units, overlay=True, ax=ax)
 
-# %% ../nbs/08_plots.ipynb #b3d7d73e
+# %% ../nbs/08_plots.ipynb #9befda80
 def cluster_sizes(
     data, # one unit per spike (array), or a fit: then with the posterior's spread over draws
     *, units=None, # which units; None: all
@@ -751,7 +752,7 @@ def _counts(fit):
         return np.stack([m - 1.598*s, m, m + 1.598*s])[[0, 0, 1, 2, 2]] if s.max() > 0 else m[None], ids
     raise ValueError("this fit has neither assignment draws nor a unit_probability group; fit with method='gibbs' or 'vb', or give labels")
 
-# %% ../nbs/08_plots.ipynb #8ec2e3a9
+# %% ../nbs/08_plots.ipynb #0751eb76
 def n_units(
     data, # a fit, or the probabilities of `partition.n_units` (dim n_units)
     *, truth:int|None=None, # marked, when known
@@ -778,7 +779,7 @@ def n_units(
     if len(shown): ax.set_xlim(shown.min() - (2.5 if np.ptp(shown) < 4 else .7), shown.max() + (2.5 if np.ptp(shown) < 4 else .7))
     return ax
 
-# %% ../nbs/08_plots.ipynb #e0ade865
+# %% ../nbs/08_plots.ipynb #2aea3886
 def coclustering(
     matrix, # (spike, spike_bis): probability that two spikes are of one unit; or a fit
     labels=None, # order by these units, and frame them
@@ -818,7 +819,7 @@ def coclustering(
     else: ax.set(xlabel="spike", ylabel="spike")
     return ax
 
-# %% ../nbs/08_plots.ipynb #54e6e014
+# %% ../nbs/08_plots.ipynb #3c9f6ba1
 def parameters(
     fit:xr.DataTree, # a fit; relabel it first (`partition.relabel`), or lines swap units
     variable:str="weights", # of the posterior
@@ -854,7 +855,7 @@ def parameters(
     if not alone: _unit_key(ax, units)
     return ax
 
-# %% ../nbs/08_plots.ipynb #1f62d953
+# %% ../nbs/08_plots.ipynb #4c176776
 def elbo(
     fit, # a fit by vb or advi, or its bound per iteration
     *, skip:int=0, # first iterations left out of the limits
@@ -879,7 +880,7 @@ def elbo(
     ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
-# %% ../nbs/08_plots.ipynb #826e442c
+# %% ../nbs/08_plots.ipynb #e012c6ac
 def optimisation_path(
     fit:xr.DataTree, # a fit by vb
     variable:str="weights", # of the optimisation group: weights, means, variances
@@ -916,7 +917,7 @@ def optimisation_path(
     _unit_key(ax, units)
     return ax
 
-# %% ../nbs/08_plots.ipynb #3c618125
+# %% ../nbs/08_plots.ipynb #0f68e944
 def ppc(
     data, # a fit with posterior_predictive and observed_data groups, or the observed features (spike, feature)
     predicted=None, # (draw, spike, feature) or (spike, feature), with observed features
@@ -959,7 +960,7 @@ def ppc(
     _legend(axs[0], fontsize=7, loc="upper right") if len(pick) < 3 else axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, fontsize=8, labelcolor=_ink(axs[0])) if ax is None else None
     return axs
 
-# %% ../nbs/08_plots.ipynb #5201d091
+# %% ../nbs/08_plots.ipynb #050b3c75
 def reliability(
     probability, # predicted probabilities, or a Dataset with `predicted`, `observed` and perhaps `count` per bin
     outcome=None, # what happened (bool or 0..1), with probabilities
@@ -994,7 +995,7 @@ def reliability(
     _legend(ax, loc="upper left", fontsize=7)
     return ax
 
-# %% ../nbs/08_plots.ipynb #8f076f95
+# %% ../nbs/08_plots.ipynb #b61a1a13
 def residuals(
     data, # standardised residuals: (spike, feature), or any shape
     labels=None, # one unit per spike: a curve per unit
@@ -1020,7 +1021,7 @@ def residuals(
     _legend(ax, fontsize=7, ncols=2)
     return ax
 
-# %% ../nbs/08_plots.ipynb #72cc9fe6
+# %% ../nbs/08_plots.ipynb #8a09e7e5
 def amplitude_over_time(
     data, # waveforms (amplitude and times from their coords), or amplitudes (spike)
     labels, # one unit per spike, or a fit
@@ -1076,7 +1077,7 @@ def correlogram(
     k = np.where(lag >= 0, half + k, half - 1 - k)
     return edges, np.bincount(k[(k >= 0) & (k < 2*half)], minlength=2*half)
 
-# %% ../nbs/08_plots.ipynb #896a5b03
+# %% ../nbs/08_plots.ipynb #d2b1ec70
 def correlograms(
     data, # SpikeInterface sorting, or (sample_index, unit) arrays, or labels with coord sample_index
     *, units=None, # which units; None: the first six
@@ -1119,7 +1120,7 @@ def _correlogram(ax, a, b, u, v, window, bin, refractory):
     else: ax.stairs(count, edges, fill=True, color=_ink(ax), alpha=.75, gid=f"cross {u} {v}")
     ax.set(xlim=(-window, window), ylim=(0, max(count.max(initial=0)*1.1, 1)))
 
-# %% ../nbs/08_plots.ipynb #44a8b734
+# %% ../nbs/08_plots.ipynb #4248d91a
 def cross_correlogram(
     a, # s: spike times of one unit
     b=None, # s: of the other; None: the auto-correlogram
@@ -1144,7 +1145,7 @@ def cross_correlogram(
     ax.set(xlabel="lag [ms]", ylabel=f"pairs per {bin:g} ms")
     return ax
 
-# %% ../nbs/08_plots.ipynb #f7eb07a3
+# %% ../nbs/08_plots.ipynb #57df5965
 def intervals(
     times, # s: spike times of one unit
     *, unit:int=0, # its number, for the colour
@@ -1164,7 +1165,7 @@ def intervals(
     ax.set(xlim=(0, window), ylim=(0, max(count.max(initial=0)*1.15, 1)), xlabel="interval [ms]", ylabel="intervals")
     return ax
 
-# %% ../nbs/08_plots.ipynb #a08a6a62
+# %% ../nbs/08_plots.ipynb #5f1c5f40
 def merge_evidence(
     features, # (spike, feature) array
     waveforms, # (spike, time, channel) of the same spikes, or templates (Dataset)

@@ -1,4 +1,4 @@
-"""The explorers in JupyterLab in a real browser: run a notebook, drag a slider, pick a unit, accept a merge, and see figures and the saved curation change."""
+"""The explorers in JupyterLab (and units in Notebook 7) in a real browser: run a notebook, drag a slider, pick a unit, accept a merge, and see figures and the saved curation change."""
 import base64
 import json
 import os
@@ -39,42 +39,50 @@ def made(n=900, channels=7, seed=0):
 '''
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "A JupyterLab of its own: address, token and folder; nothing of the user's settings is read or written."
+def served(tmp_path_factory, app, where):
+    "A Jupyter server of its own: address, path of its notebooks, token and folder; nothing of the user's settings is read or written."
     folder, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("home")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     token = secrets.token_hex(16)
     env = os.environ | {k: str(home / k.lower()) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")} | dict(IN_TEST="1")
     log = open(home / "log", "w")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-        f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+    server = subprocess.Popen([sys.executable, "-m", app, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={folder}", "--expose-app-in-browser", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
         env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     for _ in range(240):
-        if server.poll() is not None: pytest.fail("JupyterLab ended at once:\n" + (home / "log").read_text()[-2000:])
+        if server.poll() is not None: pytest.fail(f"{app} ended at once:\n" + (home / "log").read_text()[-2000:])
         try: urllib.request.urlopen(f"{address}/api?token={token}", timeout=2); break
         except OSError: time.sleep(.5)
-    else: pytest.fail("JupyterLab did not answer within two minutes")
-    yield address, token, folder
+    else: pytest.fail(f"{app} did not answer within two minutes")
+    yield address, where, token, folder
     server.terminate()
     try: server.wait(20)
     except subprocess.TimeoutExpired: server.kill()
     log.close()
 
 
-@pytest.fixture
-def opened(screen, lab):
-    "A function that writes a notebook of some cells, opens it in Lab, runs it, and gives the page."
-    address, token, folder = lab
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory): yield from served(tmp_path_factory, "jupyterlab", "lab/tree")
 
-    def open_(name, *cells, dark=False):
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    pytest.importorskip("notebook", reason="Notebook is not installed (pip install notebook)")
+    yield from served(tmp_path_factory, "notebook", "notebooks")
+
+
+@pytest.fixture
+def opened(screen, request):
+    "A function that writes a notebook of some cells, opens it in Lab or Notebook, runs it, and gives the page."
+    def open_(name, *cells, dark=False, server="lab"):
         import nbformat
+        address, where, token, folder = request.getfixturevalue(server)
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
         nbformat.write(nb, folder / f"{name}.ipynb")
         page = screen(address, width=1400, height=1300)
-        page.goto(f"{address}/lab/tree/{name}.ipynb?token={token}&reset", timeout=120_000)
+        page.goto(f"{address}/{where}/{name}.ipynb?token={token}&reset", timeout=120_000)
         page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget && window.jupyterapp.shell.currentWidget.sessionContext", timeout=120_000)
         page.evaluate("async () => { const c = window.jupyterapp.shell.currentWidget.sessionContext; await c.ready; }")
         page.wait_for_function("""() => { const c = window.jupyterapp.shell.currentWidget.sessionContext;
@@ -128,7 +136,7 @@ def no_error(page):
 
 
 def test_units_are_picked_merged_undone_and_saved(opened, lab):
-    folder = lab[2]
+    folder = lab[-1]
     page = opened("units", MADE, "from spike_ppl.explore import UnitExplorer\nexplorer = UnitExplorer(made(), path='curation.json')\nexplorer")
     page.wait_for_function("document.querySelectorAll('.widget-image').length == 4", timeout=120_000)
     no_error(page)
@@ -177,6 +185,18 @@ def test_units_are_picked_merged_undone_and_saved(opened, lab):
     said = json.loads((folder / "curation.json").read_text())
     assert said["merges"] == [{"unit_ids": [0, 3], "new_unit_id": 0}]
     assert [m["labels"]["quality"] for m in said["manual_labels"]] == [["good"], ["good"]]
+    no_error(page)
+
+
+def test_a_unit_is_picked_in_notebook_7(opened):
+    page = opened("picked", MADE, "from spike_ppl.explore import UnitExplorer\nexplorer = UnitExplorer(made(), suggestions=False)\nexplorer", server="notebook")
+    page.wait_for_function("document.querySelectorAll('.widget-image').length == 4", timeout=120_000)
+    page.wait_for_timeout(500)
+    before = [bits(page, i) for i in range(4)]
+    page.locator(".widget-dropdown select").first.select_option(index=2)
+    for i in range(4): changed(page, i, before[i])
+    page.wait_for_function("document.body.innerText.includes('unit 2')", timeout=30_000)
+    shot(page, "notebook")
     no_error(page)
 
 

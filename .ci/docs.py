@@ -74,16 +74,6 @@ def joined(source):
     return "".join(source) if isinstance(source, list) else source
 
 
-def describe(markdown):
-    "Alternative text for a figure that gives none: the sentence before it, in plain words."
-    text = re.sub(r"```.*?```", " ", markdown, flags=re.S)
-    text = re.sub(r"^#+\s*", "", text, flags=re.M)
-    text = re.sub(r"\$\$.*?\$\$|[`*_>$]", "", text, flags=re.S)
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    parts = [p.strip() for p in re.split(r"(?<=[.:!?])\s+", " ".join(text.split())) if p.strip()]
-    return (parts[-1] if parts else "").rstrip(":")[:200]
-
-
 @functools.cache
 def heads():
     "How classes that show as `*args, **kwargs` are written, by name: a named tuple with its fields and their comments, others with their bases."
@@ -108,31 +98,20 @@ def complete(text):
 def stage_notebook(src, dst):
     "Write one processed notebook as smalldocs needs it."
     nb = json.loads(src.read_text(encoding="utf-8"))
-    before, missing = "", 0
     for cell in nb["cells"]:
         text = joined(cell["source"])
         if cell["cell_type"] == "markdown":
             text = "\n".join(line for line in text.split("\n") if not line.startswith("#|"))
             text = outside_code(text, fix_links)
-            if text.strip() and not text.lstrip().startswith(("---", "<!--", ":::")):
-                before = text
         elif cell["cell_type"] == "code":
-            pictures = False
             for out in cell.get("outputs", []):
                 data = out.get("data", {})
                 if "text/markdown" in data:
                     data["text/markdown"] = complete(outside_code(joined(data["text/markdown"]), fix_links)).replace("__main__.", "")  # where a cell ran says nothing
-                pictures |= any(m.startswith("image/") for m in data)
-            text = re.sub(r"^#\|\s*fig-alt\s*:\s*(?![\"'])(.+)$", lambda m: f"#| fig-alt: {json.dumps(m[1].strip(), ensure_ascii=False)}", text, flags=re.M)  # a colon in it is no YAML
             text = re.sub(r"^((?:#\|[^\n]*\n)*)\n+", r"\1", text)  # where a magic stood
-            if pictures and not re.search(r"^#\|\s*fig-alt\s*:", text, re.M):
-                missing += 1
-                alt = describe(before) or "Figure drawn by the code above"
-                text = f"#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{text}"
         cell["source"] = text.lstrip("\n")
     dst.parent.mkdir(parents=True, exist_ok=True)
     dst.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
-    return missing
 
 
 def known_pages(items, have):
@@ -178,7 +157,7 @@ def stage(folder):
     processors._do_eval = lambda cell: runs(cell) and only_definitions(cell)
     warnings.filterwarnings("ignore", message="Found cells containing imports")
     shutil.rmtree(folder, ignore_errors=True)
-    missing, wrong = {}, []
+    wrong = []
     for src in sorted(NBS.rglob("*.ipynb")):
         name = src.relative_to(NBS)
         if any(p.startswith((".", "_")) for p in name.parts):
@@ -191,9 +170,7 @@ def stage(folder):
             wrong.append(f"{name.as_posix()}: {' '.join(str(e).split())[-400:]}")
             made.unlink(missing_ok=True)
             continue
-        n = stage_notebook(made, made)
-        if n:
-            missing[name.as_posix()] = n
+        stage_notebook(made, made)
     for src in sorted(NBS.rglob("*")):  # pictures, style sheets, Markdown
         name = src.relative_to(NBS)
         if src.is_file() and src.suffix != ".ipynb" and not any(p.startswith((".", "_")) for p in name.parts) and src.suffix != ".tmp":
@@ -210,7 +187,7 @@ def stage(folder):
     site["sidebar"]["contents"] = known_pages(site["sidebar"]["contents"], have)
     config["format"]["html"].pop("html-math-method", None)  # done below
     (folder / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return missing, wrong
+    return wrong
 
 
 # ------------------------------------------------------------------ after the renderer: the pages
@@ -337,7 +314,7 @@ def build(out):
     from smalldocs.site import Site
 
     folder = ROOT / "_proc" / "site"
-    missing, wrong = stage(folder)
+    wrong = stage(folder)
     site = Site(load(folder), quiet=True)
     n = site.build()
     # what the renderer does not read but nbdev writes, and the links that are checked below
@@ -355,8 +332,6 @@ def build(out):
     if out.exists():
         shutil.rmtree(out)
     shutil.move(site.out, out)
-    for name, k in missing.items():
-        print(f"  note: {name}: {k} figure(s) without `#| fig-alt:` (the sentence before them is used)")
     print(f"  {n} pages in {os.path.relpath(out, ROOT)}")
     if wrong:
         raise BadDocs("\n".join(f"  {w}" for w in sorted(set(wrong))))

@@ -101,6 +101,24 @@ def test_imports_have_their_own_cells(notebooks):
     assert not wrong, "imports and other statements in one cell: " + "; ".join(wrong)
 
 
+def test_cells_say_to_quarto_what_it_reads(notebooks):
+    "Options of cells are YAML, and a cell that draws has alternative text."
+    import yaml
+
+    wrong = []
+    for path, nb in notebooks.items():
+        for i, cell in enumerate(nb["cells"]):
+            lines = [line[2:].strip() for line in text(cell).splitlines() if line.startswith("#|") and ":" in line] if cell["cell_type"] == "code" else []
+            try:
+                options = {k: v for line in lines for k, v in yaml.safe_load(line).items()}
+            except yaml.YAMLError:
+                wrong.append(f"{path}, cell {i}: not YAML (quote a text with a colon): {lines}")
+                continue
+            if any(kind.startswith("image/") for out in cell.get("outputs", []) for kind in out.get("data", {})) and not options.get("fig-alt"):
+                wrong.append(f"{path}, cell {i}: a picture without `#| fig-alt:`")
+    assert not wrong, "\n".join(wrong)
+
+
 def modules(notebooks):
     "Each exported module: its notebook's number and name."
     found = {}

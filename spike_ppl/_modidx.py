@@ -900,6 +900,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spike_ppl.plots._ink': ('plots.html#_ink', 'spike_ppl/plots.py'),
                                  'spike_ppl.plots._labels': ('plots.html#_labels', 'spike_ppl/plots.py'),
                                  'spike_ppl.plots._legend': ('plots.html#_legend', 'spike_ppl/plots.py'),
+                                 'spike_ppl.plots._mark_spikes': ('plots.html#_mark_spikes', 'spike_ppl/plots.py'),
                                  'spike_ppl.plots._marker': ('plots.html#_marker', 'spike_ppl/plots.py'),
                                  'spike_ppl.plots._matrix': ('plots.html#_matrix', 'spike_ppl/plots.py'),
                                  'spike_ppl.plots._nearest': ('plots.html#_nearest', 'spike_ppl/plots.py'),

@@ -19,9 +19,9 @@ import traitlets
 from matplotlib.figure import Figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-# %% ../nbs/14_explore.ipynb #2c32d32f
+# %% ../nbs/14_explore.ipynb #f402f015
 from . import plots
-from .units import Clustering, Curation, templates, similarity, merge_suggestions, split_suggestions, unit_table
+from .units import Clustering, Curation, templates, similarity, merge_suggestions, split_suggestions
 
 # %% ../nbs/14_explore.ipynb #0734637c
 def _empty(ax):
@@ -132,13 +132,11 @@ class Explorer(widgets.VBox):
         data, meta = bundle if isinstance(bundle, tuple) else (bundle, {})
         return (data or {}) | {"image/png": base64.b64encode(self.png()).decode()}, meta
 
-# %% ../nbs/14_explore.ipynb #c799f43a
+# %% ../nbs/14_explore.ipynb #16a4ddd2
 def _button(text, tip, click=None, width="auto", **kwargs):
     b = widgets.Button(description=text, tooltip=tip, layout=widgets.Layout(width=width), **kwargs)
     if click is not None: b.on_click(lambda _: click())
     return b
-
-_WIDE = widgets.Layout
 
 def _link(owner, name, control): traitlets.link((owner, name), (control, "value"))
 
@@ -150,7 +148,7 @@ def _slide(owner, name, slider, place=float):
     follow(None)
     slider.observe(moved, "value"); owner.observe(follow, name)
 
-# %% ../nbs/14_explore.ipynb #09a65376
+# %% ../nbs/14_explore.ipynb #c489d5ba
 class RecordingExplorer(Explorer):
     "Scroll and zoom through a recording. Traits: `start` and `duration` (s), `view`, `channels`, `unit`."
     start = traitlets.Float(0.)
@@ -180,14 +178,14 @@ class RecordingExplorer(Explorer):
             c = Clustering.of(sorting)
             order = np.argsort(c.sample_index, kind="stable")
             self.spikes = c.sample_index[order], c.labels.values[order]
-        self._slider = widgets.FloatSlider(min=0, max=max(self.total - .001, .001), readout_format=".3f", description="start [s]", layout=_WIDE(width="420px"))
-        self._zoom = widgets.FloatLogSlider(min=-2.3, max=np.log10(min(5, max(self.total, .01))), base=10, step=.05, description="length [s]", readout_format=".3f", layout=_WIDE(width="300px"))
+        self._slider = widgets.FloatSlider(min=0, max=max(self.total - .001, .001), readout_format=".3f", description="start [s]", layout=widgets.Layout(width="420px"))
+        self._zoom = widgets.FloatLogSlider(min=-2.3, max=np.log10(min(5, max(self.total, .01))), base=10, step=.05, description="length [s]", readout_format=".3f", layout=widgets.Layout(width="300px"))
         self._view = widgets.ToggleButtons(options=["raw", "standardised"], style=dict(button_width="125px"))
-        self._names = widgets.SelectMultiple(options=depth[::-1], rows=min(8, len(ids)), layout=_WIDE(width="90px"))
+        self._names = widgets.SelectMultiple(options=depth[::-1], rows=min(8, len(ids)), layout=widgets.Layout(width="90px"))
         self._sites = self._probe(ids, xy)
         move = [_button(t, tip, partial(self.scroll, by), width="48px") for t, tip, by in (("◀◀", "one page back", -1), ("◀", "a quarter back", -.25), ("▶", "a quarter on", .25), ("▶▶", "one page on", 1))]
         units = [] if self.spikes is None else [("none", -1) if u < 0 else (str(u), int(u)) for u in np.unique(self.spikes[1])]
-        self._unit = widgets.Dropdown(options=[("any", None)] + units, description="unit", layout=_WIDE(width="150px"), disabled=self.spikes is None)
+        self._unit = widgets.Dropdown(options=[("any", None)] + units, description="unit", layout=widgets.Layout(width="150px"), disabled=self.spikes is None)
         jump = [_button(t, tip, partial(self.jump, by), width="80px", disabled=self.spikes is None) for t, tip, by in (("◀ spike", "to the spike before", -1), ("spike ▶", "to the next spike", 1))]
         picture = self._add("traces", width=9.5, height=4.6, margins=(.07, .11, .95, .92))
         self.duration = float(np.clip(duration, .005, max(self.total, .005)))
@@ -197,7 +195,7 @@ class RecordingExplorer(Explorer):
         traitlets.dlink((self, "duration"), (self._slider, "step"), lambda page: page/10)
         _slide(self, "start", self._slider); _slide(self, "duration", self._zoom, np.log10)
         self.children = [widgets.HBox([self._slider, *move, self._zoom]), widgets.HBox([self._view, self._unit, *jump, self.status]),
-            widgets.HBox([picture, widgets.VBox([self._names, self._sites])], layout=_WIDE(flex_flow="row wrap"))]
+            widgets.HBox([picture, widgets.VBox([self._names, self._sites])], layout=widgets.Layout(flex_flow="row wrap"))]
         self.observe(lambda _: self._draw(), ["start", "duration", "view", "channels", "unit"])
         self._ready = True
         self._draw()
@@ -209,11 +207,11 @@ class RecordingExplorer(Explorer):
         small = len(ids) > 64
         for c, (x, y) in zip(ids, xy):
             b = widgets.ToggleButton(value=False, description="" if small else str(c), tooltip=f"channel {c}: x {x:g}, y {y:g} µm",
-                layout=_WIDE(width="14px" if small else "34px", height="10px" if small else "24px", padding="0px", margin="0px",
+                layout=widgets.Layout(width="14px" if small else "34px", height="10px" if small else "24px", padding="0px", margin="0px",
                     grid_area=f"{np.searchsorted(rows, np.round(-y, 1)) + 1} / {np.searchsorted(cols, np.round(x, 1)) + 1} / auto / span 1"))
             b.observe(lambda change, c=c: self._site(c, change["new"]), "value")
             self.site_buttons[c] = b
-        return widgets.GridBox(list(self.site_buttons.values()), layout=_WIDE(grid_template_columns=f"repeat({len(cols)}, max-content)", grid_gap="1px", max_height="260px", overflow="auto"))
+        return widgets.GridBox(list(self.site_buttons.values()), layout=widgets.Layout(grid_template_columns=f"repeat({len(cols)}, max-content)", grid_gap="1px", max_height="260px", overflow="auto"))
 
     def _site(self, channel, on):
         if (channel in self.channels) == on: return
@@ -279,7 +277,7 @@ class RecordingExplorer(Explorer):
         order = [c for c in self._names.options[::-1] if c in shown]
         self.panels["traces"].show(lambda ax: plots.traces(source, start=self.start, duration=self.duration, channels=order, sorting=spikes, ax=ax))
 
-# %% ../nbs/14_explore.ipynb #ac2cac44
+# %% ../nbs/14_explore.ipynb #34914d49
 class UnitExplorer(Explorer):
     "Look at units, decide on merges, splits and labels. Traits: `unit`, `other`, `threshold`, `method`, `neighbours`."
     unit = traitlets.Int(None, allow_none=True)
@@ -302,20 +300,19 @@ class UnitExplorer(Explorer):
         self.curation = Curation(c.labels)
         self._actions, self._undone, self.suggestions = [], [], []
         self._has_time = "sample_index" in c.labels.coords and c.sampling_rate is not None
-        self._source = c.features if c.features is not None else None
         self._x = None if c.features is None else np.asarray(c.features, dtype=float)
         self._middle = None if self._x is None else self._x.mean(0)
         self._index()
         if suggestions: self._suggest()
-        self._unit = widgets.Dropdown(description="unit", layout=_WIDE(width="180px"))
-        self._other = widgets.Dropdown(description="beside", layout=_WIDE(width="180px"))
-        self._threshold = widgets.FloatSlider(min=0, max=1, step=.02, description="P at least", layout=_WIDE(width="330px"), disabled=c.probability is None)
+        self._unit = widgets.Dropdown(description="unit", layout=widgets.Layout(width="180px"))
+        self._other = widgets.Dropdown(description="beside", layout=widgets.Layout(width="180px"))
+        self._threshold = widgets.FloatSlider(min=0, max=1, step=.02, description="P at least", layout=widgets.Layout(width="330px"), disabled=c.probability is None)
         self._method = widgets.ToggleButtons(options=[("LDA", "lda"), ("PCA", "pca")], style=dict(button_width="52px"))
-        self._count = widgets.BoundedIntText(min=1, max=6, description="nearest", layout=_WIDE(width="150px"))
-        self._list = widgets.Select(rows=7, layout=_WIDE(width="330px"))
+        self._count = widgets.BoundedIntText(min=1, max=6, description="nearest", layout=widgets.Layout(width="150px"))
+        self._list = widgets.Select(rows=7, layout=widgets.Layout(width="330px"))
         self._label = widgets.ToggleButtons(options=[("–", None)] + [(q, q) for q in Curation.LABELS], style=dict(button_width="58px"))
-        self._path = widgets.Text(value=str(path), layout=_WIDE(width="200px"))
-        self._facts = widgets.HTML(layout=_WIDE(width="330px"))
+        self._path = widgets.Text(value=str(path), layout=widgets.Layout(width="200px"))
+        self._facts = widgets.HTML(layout=widgets.Layout(width="330px"))
         step = [_button(t, tip, partial(self.step, by), width="36px") for t, tip, by in (("◀", "unit before", -1), ("▶", "next unit", 1))]
         self.buttons = dict(accept=_button("Accept", "do what is suggested", self.accept, button_style="success"), reject=_button("Reject", "take the suggestion off the list", self.reject),
             merge=_button("Merge these two", "join the unit and the one beside it", self.merge), undo=_button("Undo", "take the last decision back", self.undo),
@@ -330,8 +327,8 @@ class UnitExplorer(Explorer):
         for name, control in dict(unit=self._unit, other=self._other, method=self._method, neighbours=self._count).items(): _link(self, name, control)
         _slide(self, "threshold", self._threshold)
         self._refresh_list()
-        self.children = [widgets.HBox([self._unit, *step, self._other, self._threshold, self._method, self._count], layout=_WIDE(flex_flow="row wrap")),
-            widgets.HBox([widgets.VBox([widgets.HBox(figures[:2]), widgets.HBox(figures[2:])]), right], layout=_WIDE(flex_flow="row wrap"))]
+        self.children = [widgets.HBox([self._unit, *step, self._other, self._threshold, self._method, self._count], layout=widgets.Layout(flex_flow="row wrap")),
+            widgets.HBox([widgets.VBox([widgets.HBox(figures[:2]), widgets.HBox(figures[2:])]), right], layout=widgets.Layout(flex_flow="row wrap"))]
         self.observe(self._on_unit, "unit")
         self.observe(lambda _: None if self._quiet else self._draw("evidence"), "other")
         self.observe(lambda _: None if self._quiet else self._draw("scatter", "templates", "intervals"), "threshold")
@@ -663,7 +660,7 @@ class UnitExplorer(Explorer):
             cross(axs[1])
         panel.show(line, 2)
 
-# %% ../nbs/14_explore.ipynb #26ca62c9
+# %% ../nbs/14_explore.ipynb #18c484e9
 class FitExplorer(Explorer):
     "Choose fits, see their traces and checks, compare them. Traits: `chosen` (names), `variable`, `feature`."
     chosen = traitlets.Tuple()
@@ -680,11 +677,11 @@ class FitExplorer(Explorer):
         self.names = list(store.names() if hasattr(store, "names") else store)
         super().__init__()
         self._fits, self._ready = {}, False
-        self._choose = widgets.SelectMultiple(options=self.names, rows=min(12, max(3, len(self.names))), layout=_WIDE(width="330px"))
-        self._variable = widgets.Dropdown(description="variable", layout=_WIDE(width="220px"))
-        self._feature = widgets.Dropdown(description="feature", layout=_WIDE(width="180px"))
+        self._choose = widgets.SelectMultiple(options=self.names, rows=min(12, max(3, len(self.names))), layout=widgets.Layout(width="330px"))
+        self._variable = widgets.Dropdown(description="variable", layout=widgets.Layout(width="220px"))
+        self._feature = widgets.Dropdown(description="feature", layout=widgets.Layout(width="180px"))
         self._compare_button = _button("Compare", "LOO and held-out density of the chosen fits, see criticism.compare", self.compare)
-        self._table = widgets.HTML(layout=_WIDE(max_height="220px", overflow="auto"))
+        self._table = widgets.HTML(layout=widgets.Layout(max_height="220px", overflow="auto"))
         sizes = dict(width=4.9, height=3.1, margins=(.14, .16, .97, .86))
         figures = [self._add(n, **sizes) for n in ("trace", "sizes", "units")] + [self._add("ppc", width=4.9, height=3.1, margins=(.06, .16, .98, .86))]
         self.children = [widgets.HBox([widgets.VBox([self._choose, self._compare_button, self.status]), self._table]), widgets.HBox([self._variable, self._feature]),
@@ -809,7 +806,7 @@ def _process(features, truncation, covariance, priors):
         models._observe(x, means, spread, covariance, assignments)
     return models._finish(model, "dpmm", dict(truncation=int(truncation), covariance=covariance), full, channel)
 
-# %% ../nbs/14_explore.ipynb #3f056791
+# %% ../nbs/14_explore.ipynb #362e16cb
 class ModelExplorer(Explorer):
     "Move the priors, watch the partition. Traits: `model`, `n_units`, `concentration`, `spread`, `covariance`, `seed`."
     model = traitlets.Unicode("gmm")
@@ -836,14 +833,14 @@ class ModelExplorer(Explorer):
         super().__init__()
         self._ready, self.result, self.labels, self._cache, self._derived = False, None, None, {}, set()
         self._model = widgets.ToggleButtons(options=[("mixture (gmm)", "gmm"), ("Dirichlet process (dpmm)", "dpmm")], style=dict(button_width="190px"))
-        slow = dict(continuous_update=False, layout=_WIDE(width="500px"), style=dict(description_width="230px"))
+        slow = dict(continuous_update=False, layout=widgets.Layout(width="500px"), style=dict(description_width="230px"))
         self._k = widgets.IntSlider(min=1, max=20, description="units, or the most of them", **slow)
         self._alpha = widgets.FloatLogSlider(min=-3, max=2, step=.5, base=10, description="concentration", readout_format=".3f", **slow)
         self._spread = widgets.FloatLogSlider(min=-1.5, max=1.5, step=.25, base=10, description="expected variance, x default", readout_format=".2f", **slow)
         self._covariance = widgets.ToggleButtons(options=["diagonal", "full"], style=dict(button_width="90px"))
-        self._seed = widgets.BoundedIntText(min=0, max=999, description="seed", layout=_WIDE(width="150px"))
+        self._seed = widgets.BoundedIntText(min=0, max=999, description="seed", layout=widgets.Layout(width="150px"))
         figures = [self._add("partition", width=5.2, height=4.2, margins=(.12, .13, .97, .9)), self._add("weights", width=4.2, height=2.1, margins=(.16, .24, .97, .95)), self._add("elbo", width=4.2, height=2.1, margins=(.2, .24, .97, .95))]
-        self.children = [widgets.HBox([self._model, self._covariance, self._seed]), widgets.VBox([self._k, self._alpha, self._spread]), self.status, widgets.HBox([figures[0], widgets.VBox(figures[1:])], layout=_WIDE(flex_flow="row wrap"))]
+        self.children = [widgets.HBox([self._model, self._covariance, self._seed]), widgets.VBox([self._k, self._alpha, self._spread]), self.status, widgets.HBox([figures[0], widgets.VBox(figures[1:])], layout=widgets.Layout(flex_flow="row wrap"))]
         self.model, self.n_units = model, n_units
         for name, control in dict(model=self._model, n_units=self._k, concentration=self._alpha, spread=self._spread, covariance=self._covariance, seed=self._seed).items(): _link(self, name, control)
         self.observe(lambda _: self.refit() if self._ready else None, ["model", "n_units", "concentration", "spread", "covariance", "seed"])

@@ -196,7 +196,7 @@ def _nice(value):
 
 def _amplitude_units(waveforms): return waveforms.attrs.get("units", "a.u.")
 
-# %% ../nbs/08_plots.ipynb #2b7583a1
+# %% ../nbs/08_plots.ipynb #751cae02
 def traces(
     recording, # SpikeInterface recording
     *, start:float=0., # s
@@ -254,16 +254,19 @@ def traces(
     if sorting is not None:
         sample, unit = _spike_vector(sorting)
         near = np.flatnonzero((sample >= a) & (sample < b))
-        at, of = sample[near] - a, unit[near]
-        window = lambda half: np.clip(at[:, None] + np.arange(-half, half + 1), 0, b - a - 1)     # (spike, sample)
-        peak = np.abs(data[window(2)]).max(1).argmax(1)
-        piece = window(int(.75e-3*rate) if lines else 0)
-        x, y = ms[piece], offsets[peak][:, None] + (data[piece, peak[:, None]] if lines else 0)
-        x, y = (np.c_[v, np.full(len(v), np.nan)] for v in (x, y))       # a gap after each
-        look = dict(lw=1.3) if lines else dict(ls="", marker="o", ms=13, mfc="none", mew=1.4)
-        for u in np.unique(of).tolist(): ax.plot(x[of == u].ravel(), y[of == u].ravel(), color=unit_colour(u), gid=f"unit {u}", **look)
-        if len(of): _unit_key(ax, np.unique(of).tolist())
+        _mark_spikes(ax, ms, data, offsets, sample[near] - a, unit[near], int(.75e-3*rate) if lines else 0)
     return ax
+
+def _mark_spikes(ax, ms, data, offsets, at, unit, half):
+    "Colour the `half` samples around each spike on its largest channel; ring the spike instead when it is none."
+    window = lambda half: np.clip(at[:, None] + np.arange(-half, half + 1), 0, len(data) - 1)     # (spike, sample)
+    peak = np.abs(data[window(2)]).max(1).argmax(1)[:, None]
+    x, y = ms[window(half)], offsets[peak] + (data[window(half), peak] if half else 0)
+    x, y = (np.c_[v, np.full(len(v), np.nan)] for v in (x, y))       # a gap after each
+    look = dict(lw=1.3) if half else dict(ls="", marker="o", ms=13, mfc="none", mew=1.4)
+    there = np.unique(unit).tolist()
+    for u in there: ax.plot(x[unit == u].ravel(), y[unit == u].ravel(), color=unit_colour(u), gid=f"unit {u}", **look)
+    if there: _unit_key(ax, there)
 
 # %% ../nbs/08_plots.ipynb #c3a9a81c
 def _envelope(x, y, n):

@@ -199,7 +199,7 @@ def _responsibilities(given, waveforms):
         index = np.where(units[at] == labels, at, -1)
     return index, units, c.waveforms
 
-# %% ../nbs/10_units.ipynb #0fdb1ad6
+# %% ../nbs/10_units.ipynb #452a2806
 def similarity(
     templates, # Dataset of `templates`, or an array (unit, time, channel)
     method:str="cosine", # "squared" (the study's), "cosine", or "distance" (root of squared)
@@ -230,7 +230,7 @@ def similarity(
     return xr.DataArray(best, dims=("unit", "unit_bis"), coords=dict(unit=ids, unit_bis=ids), name=method,
         attrs=dict(long_name=names[method], larger_is="closer" if method == "cosine" else "farther", max_shift=max_shift))
 
-# %% ../nbs/10_units.ipynb #be41a6c9
+# %% ../nbs/10_units.ipynb #ebe06e64
 def closest(
     templates, # Dataset of `templates`, or a matrix of `similarity`
     unit:int, # its id
@@ -420,7 +420,7 @@ def _let_through(c, x, where, refractory, censored, seed=0):
     c._share = float(np.clip((seen + 1)/(expected + 1), .02, 1))
     return c._share
 
-# %% ../nbs/10_units.ipynb #114a4371
+# %% ../nbs/10_units.ipynb #a6f56e59
 def merge_suggestions(
     result, # a `sort` result, Clustering, fit or labels
     *, templates:xr.Dataset|None=None, # None: computed from the waveforms, when there are any
@@ -511,7 +511,7 @@ def _two_parts(x, seed=0, n=3000, components=8, rounds=10, smallest=20):
     part = ((x - mean) @ v) @ w > at
     return (part if part.sum() <= (~part).sum() else ~part), dip
 
-# %% ../nbs/10_units.ipynb #2a8eee84
+# %% ../nbs/10_units.ipynb #1b0cfeba
 def split_suggestions(
     result, # a `sort` result, Clustering, fit or labels
     *, refractory:float=1.5, # ms
@@ -557,7 +557,7 @@ def split_suggestions(
     out = out[out.probability >= minimum].sort_values(["probability", "unit"], ascending=[False, True], kind="stable")
     return out.reset_index(drop=True)
 
-# %% ../nbs/10_units.ipynb #8277e8c5
+# %% ../nbs/10_units.ipynb #e3977399
 class Curation:
     "Merges, splits, removals and quality labels of units, in order, with undo."
     LABELS = ("good", "mua", "noise")
@@ -775,7 +775,7 @@ def _decisions(step):
         q = next((v[0] for k, v in l.labels.items() if v and v[0] in Curation.LABELS), None)
         if q is not None: yield dict(do="label", unit=int(l.unit_id), label=q)
 
-# %% ../nbs/10_units.ipynb #e763d830
+# %% ../nbs/10_units.ipynb #453e9c66
 @patch(cls_method=True)
 def load(cls:Curation,
     path, # .json file, or the dictionary itself
@@ -816,7 +816,7 @@ def load(cls:Curation,
             if len(q) == 1 and None not in q: c._do(dict(do="label", unit=u, label=q.pop()))
     return c
 
-# %% ../nbs/10_units.ipynb #c934c31a
+# %% ../nbs/10_units.ipynb #8bf352ac
 def to_spikeinterface(
     result, # a `sort` result, Clustering, fit or labels
     *, table:pd.DataFrame|None=None, # of `unit_table`, its columns become unit properties; None: made when possible
@@ -901,7 +901,7 @@ def analyzer_extension():
     register_result_extension(Posterior)
     return Posterior
 
-# %% ../nbs/10_units.ipynb #b4fe269f
+# %% ../nbs/10_units.ipynb #97297c6e
 def to_analyzer(
     result, # a `sort` result or Clustering with a recording, or labels with recording=
     *, extensions=("random_spikes", "noise_levels", "waveforms", "templates", "unit_locations", "spike_amplitudes", "quality_metrics"), # computed, in this order
@@ -935,7 +935,39 @@ def to_analyzer(
     for name in extensions: analyzer.compute(name, **own.get(name, {}), **(dict(progress_bar=False) if name in quiet else {}))
     return analyzer
 
-# %% ../nbs/10_units.ipynb #11c54376
+# %% ../nbs/10_units.ipynb #02b0a163
+def _alike(c, templates):
+    "Of every two units: the probability that they are one, where there is a posterior, else the cosine of their templates."
+    sure = _certainty(c)
+    if sure is None: value = similarity(templates, "cosine").reindex(unit=c.units, unit_bis=c.units).values
+    else:
+        shared, merged = (sure[k].reindex(unit=c.units, unit_bis=c.units).values for k in ("shared", "merged"))
+        d = np.sqrt(np.maximum(np.diag(shared), 1e-9))
+        value = np.maximum(merged, shared/np.outer(d, d))
+    value = np.nan_to_num(np.clip(value, 0, 1))
+    np.fill_diagonal(value, 1)
+    return value
+
+def _peaks(c):
+    "The size of each labelled spike; nan for those without a waveform."
+    w, out = c.waveforms, np.full(len(c.labels), np.nan)
+    rows = c.rows(w)
+    size = w["amplitude"].values if "amplitude" in w.coords else np.abs(np.asarray(w, dtype=float)).max((w.dims.index("time"), w.dims.index("channel")))
+    out[rows[rows >= 0]] = np.abs(size[rows >= 0])
+    return out
+
+def _put_tables(folder, table, group, number, none):
+    "Phy's tables, one per property: `number` is the cluster of each unit, `none` that of the spikes of no unit (None: there are none)."
+    def put(name, values): (folder/f"cluster_{name}.tsv").write_text(f"cluster_id\t{name}\n" + "".join(f"{k}\t{v}\n" for k, v in sorted(values.items())))
+    rest = lambda value: {} if none is None else {none: value}
+    put("group", {number[u]: g for u, g in group.items() if u in number} | rest("noise"))
+    put("unit", {k: u for u, k in number.items()} | rest(-1))
+    taken = {"cluster_id", "group", "unit", "id", "n_spikes", "spikes", "ch", "channel", "depth", "sh", "fr", "amp"}
+    real = lambda v: isinstance(v, (float, np.floating))
+    for k in set(table.columns) - taken:
+        put(k, {number[u]: f"{v:.5g}" if real(v) else v for u, v in table[k].items() if u in number and not (real(v) and np.isnan(v))})
+
+# %% ../nbs/10_units.ipynb #8e7ce092
 def to_phy(
     result, # a `sort` result or Clustering with waveforms, or labels with waveforms=
     folder, # made; must not exist, or be empty
@@ -975,20 +1007,12 @@ def to_phy(
     near = min(C, limit)
     main = np.ptp(dense, axis=1).argmax(1)
     index = np.stack([np.argsort(np.linalg.norm(xy - xy[m], axis=1), kind="stable")[:near] for m in main]).astype(np.int32)
-    sure = _certainty(c)
-    like = np.zeros((size, size), np.float32)
-    if sure is not None:
-        shared = sure["shared"].reindex(unit=units, unit_bis=units).values; d = np.sqrt(np.maximum(np.diag(shared), 1e-9))
-        value = np.clip(np.maximum(sure["merged"].reindex(unit=units, unit_bis=units).values, shared/np.outer(d, d)), 0, 1)
-    else: value = np.clip(similarity(templates, "cosine").reindex(unit=units, unit_bis=units).values, 0, 1)
+    like = np.eye(size, dtype=np.float32)
     at = [number[u] for u in units]
-    like[np.ix_(at, at)] = np.nan_to_num(value)
-    np.fill_diagonal(like, 1)
-    amplitude = np.full(len(labels), np.nan)
-    back = c.rows(wf); hit = back >= 0
-    amplitude[back[hit]] = np.abs(wf["amplitude"].values[hit]) if "amplitude" in wf.coords else np.abs(np.asarray(wf, dtype=float)).max((1, 2))[hit]
-    size_of = np.abs(dense).max((1, 2))
-    lost = np.isnan(amplitude); amplitude[lost] = size_of[[number[u] if u >= 0 else none for u in labels[lost].tolist()]]
+    like[np.ix_(at, at)] = _alike(c, templates)
+    amplitude = _peaks(c)
+    lost = np.isnan(amplitude)
+    amplitude[lost] = np.abs(dense).max((1, 2))[cluster[np.argsort(order)][lost]]
     folder.mkdir(parents=True, exist_ok=True)
     def put(name, array): np.save(folder/f"{name}.npy", array)
     put("spike_times", c.sample_index[order].astype(np.int64)); put("spike_clusters", cluster); put("spike_templates", cluster)
@@ -1001,15 +1025,7 @@ def to_phy(
     put("spike_probability", np.ones(len(order)) if c.probability is None else np.asarray(c.probability, dtype=float)[order])
     if c.entropy is not None: put("spike_entropy", np.asarray(c.entropy, dtype=float)[order])
     if c.features is not None and {"channel", "latent"} <= set(c.features.coords): _put_features(c, wf, order, cluster, index if near < C else None, put)
-    group = {u: "unsorted" for u in units} | (curation.quality if curation is not None else {})
-    def tsv(name, values):
-        (folder/f"cluster_{name}.tsv").write_text(f"cluster_id\t{name}\n" + "".join(f"{k}\t{v}\n" for k, v in sorted(values.items())))
-    tsv("group", {number[u]: g for u, g in group.items() if u in number} | ({none: "noise"} if (labels < 0).any() else {}))
-    tsv("unit", {number[u]: u for u in units} | ({none: -1} if (labels < 0).any() else {}))
-    taken = {"cluster_id", "group", "unit", "id", "n_spikes", "spikes", "ch", "channel", "depth", "sh", "fr", "amp"}
-    for k in table.columns:
-        if k in taken: continue
-        tsv(k, {number[u]: (f"{v:.5g}" if isinstance(v, (float, np.floating)) else v) for u, v in table[k].items() if u in number and not (isinstance(v, float) and np.isnan(v))})
+    _put_tables(folder, table, {u: "unsorted" for u in units} | (curation.quality if curation is not None else {}), number, none if (labels < 0).any() else None)
     dat = None
     if recording is not None:
         from spikeinterface.core import write_binary_recording
@@ -1039,7 +1055,7 @@ def _put_features(c, wf, order, cluster, index, put):
         full = np.take_along_axis(full, index[cluster][:, None, :], 2)
     put("pc_features", full)
 
-# %% ../nbs/10_units.ipynb #247cb6cb
+# %% ../nbs/10_units.ipynb #9b824bbf
 def from_phy(
     folder, # that Phy wrote to (its clusters and groups), or that `to_phy` wrote
 )->xr.DataArray: # (spike), coord sample_index; attrs: sampling_rate, quality (mapping unit -> group)
@@ -1077,7 +1093,7 @@ def from_phy(
     labels = np.array([name[k] for k in cluster.tolist()], dtype=np.int64)
     return xr.DataArray(labels, dims="spike", coords=dict(sample_index=("spike", times)), attrs=dict(sampling_rate=rate, quality=quality), name="unit")
 
-# %% ../nbs/10_units.ipynb #85b0288f
+# %% ../nbs/10_units.ipynb #0d2f5311
 def to_nwb(
     result, # a `sort` result, Clustering, fit or labels
     path, # .nwb file, written; or an open pynwb NWBFile, to which units are added

@@ -83,7 +83,8 @@ def heads():
         lines = text.split("\n")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
-                head = f"class {node.name}({', '.join(ast.unparse(b) for b in node.bases)}):"
+                bases = ", ".join(ast.unparse(b) for b in node.bases)
+                head = f"class {node.name}({bases}):" if bases else f"class {node.name}:"
                 rows = [row for n in node.body if isinstance(n, ast.AnnAssign) for row in lines[n.lineno - 1:n.end_lineno]] if "NamedTuple" in head else []
                 found[node.name] = "\n".join([head, *rows])
     return found
@@ -198,10 +199,11 @@ CDN = re.compile(r'<(?:link|script)\b[^>]*(?:href|src)="https?://[^"]*"[^>]*>(?:
 
 
 def spaced(made):
-    "The small spaces around log and exp, and none inside bars, as TeX sets them and the converter does not."
+    "The small spaces around log and exp, none inside bars, and primes of full size, as TeX sets them and the converter does not."
     thin, things = '<mspace width="0.167em"/>', "(?:i|n|sub|sup|subsup|row|style|frac|over)"
     made = re.sub(rf"(</m{things}>|&#x00029;</mo>)(?=(?:<msub>)?<mi>(?:log|exp)</mi>)", rf"\1{thin}", made)
     made = re.sub(rf"((?<!<msub>)<mi>(?:log|exp)</mi>|<msub><mi>log</mi><mn>\w+</mn></msub>)(?=<m{things}>|<mo>&#x0007C;)", rf"\1{thin}", made)
+    made = re.sub(r"<msup>(<mi[^>]*>[^<]*</mi>)<mi>(&#x0203[2-4];)</mi></msup>", r'<mrow>\1<mo lspace="0" rspace="0">\2</mo></mrow>', made)
     return made.replace("<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0">&#x0007C;</mo>')
 
 

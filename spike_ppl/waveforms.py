@@ -43,7 +43,7 @@ def _noise_sd(recording, seed=0):
     x = np.concatenate([recording.get_traces(start_frame=a, end_frame=b) for a, b in _stretches(n, int(.5 * rate), 20, seed)])
     return np.median(np.abs(x - np.median(x, 0)), 0) / .6744897501960817
 
-# %% ../nbs/02_waveforms.ipynb #17d98096
+# %% ../nbs/02_waveforms.ipynb #8183d1f6
 def find_spikes(
     recording, # standardised recording
     threshold=5., # in sd of the noise
@@ -98,7 +98,7 @@ def _shift_matrix(shift, n_out, pad, kernel_half, max_shift):
 # %% ../nbs/02_waveforms.ipynb #159fbfb1
 STEPS = 10   # sub-sample resolution: tenths of a sample
 
-# %% ../nbs/02_waveforms.ipynb #518f383e
+# %% ../nbs/02_waveforms.ipynb #48c0f8d8
 def cut(
     recording, # recording, usually standardised
     sample_index, # spike times in samples (spike,), or what `find_spikes` returned
@@ -140,7 +140,7 @@ def cut(
 # %% ../nbs/02_waveforms.ipynb #43f2c8de
 from typing import NamedTuple
 
-# %% ../nbs/02_waveforms.ipynb #acfeef75
+# %% ../nbs/02_waveforms.ipynb #4173440c
 class _Plan(NamedTuple):
     "What is to be cut."
     index: np.ndarray; peak: np.ndarray; before: int; after: int; width: int; n_channels: int
@@ -343,7 +343,7 @@ def _kth_distance(w, rows, channels, n_reference, n_components, k):
         out[a:a + 4096] = np.partition(d2, kk, axis=1)[:, kk]
     return np.sqrt(np.maximum(out, 1e-12)), sizes
 
-# %% ../nbs/02_waveforms.ipynb #4190e09b
+# %% ../nbs/02_waveforms.ipynb #479eaa1b
 def noise_covariance(
     recording, # standardised recording
     sample_index, # all detected spikes (spike,), or what `find_spikes` returned
@@ -426,7 +426,7 @@ def save_waveforms(
         ds.to_zarr(tmp, mode="w", zarr_format=2, consolidated=True, encoding={} if waveforms.chunks else {"waveforms": {"chunks": (rows, waveforms.sizes["time"], waveforms.sizes["channel"])}})
     return path
 
-# %% ../nbs/02_waveforms.ipynb #789e126b
+# %% ../nbs/02_waveforms.ipynb #00b13661
 def load_waveforms(
     path, # folder written by `save_waveforms` or `cut(store=...)`
     lazy=None, # True: a Dask array; False: in memory; None: lazy if larger than `memory`
@@ -446,7 +446,7 @@ def load_waveforms(
 # %% ../nbs/02_waveforms.ipynb #3b52c2f2
 from contextlib import contextmanager
 
-# %% ../nbs/02_waveforms.ipynb #6e1bf8a9
+# %% ../nbs/02_waveforms.ipynb #8640e91f
 def _free_path(path, overwrite):
     path = Path(path)
     if path.exists() and not overwrite: raise FileExistsError(f"{str(path)!r} exists. Choose another place or pass overwrite=True.")
@@ -492,7 +492,7 @@ def _cut_to_store(recording, plan, path, clear, radius, chunk_duration, n_jobs, 
         out.coords.to_dataset().to_zarr(tmp, mode="a", zarr_format=2, consolidated=True)
     return load_waveforms(path, lazy=True)
 
-# %% ../nbs/02_waveforms.ipynb #eceed570
+# %% ../nbs/02_waveforms.ipynb #3f568387
 def read_yass(
     folder, # with spike_times, clear_index, score, spike_train, templates as .npy (those that exist)
     buffer=0, # samples that YASS's times are late by: subtracted from every time

@@ -582,6 +582,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Gaussian.__init__': ( 'inference.html#_gaussian.__init__',
                                                                                  'spike_ppl/inference.py'),
+                                     'spike_ppl.inference._Gaussian._at': ('inference.html#_gaussian._at', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Gaussian._compare': ( 'inference.html#_gaussian._compare',
                                                                                  'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Gaussian._expected': ( 'inference.html#_gaussian._expected',

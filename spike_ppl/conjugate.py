@@ -25,7 +25,7 @@ refused by name with `NotConjugate`, never sampled from a wrong distribution."""
 
 # %% auto #0
 __all__ = ['NotConjugate', 'LogJoint', 'log_joint', 'Family', 'Normal', 'Gamma', 'InverseGamma', 'Beta', 'Dirichlet', 'Wishart',
-           'FiniteDiscrete', 'Conditional', 'complete_conditional', 'pseudo_spikes', 'Derivation', 'derive',
+           'FiniteDiscrete', 'Conditional', 'complete_conditional', 'together', 'pseudo_spikes', 'Derivation', 'derive',
            'Conjugacy', 'conjugacy']
 
 # %% ../nbs/05_conjugate.ipynb #c6d629b8
@@ -67,7 +67,7 @@ class NotConjugate(ValueError):
         super().__init__(f"{variable!r} has no conjugate complete conditional here: tried {family}, {reason}{off}. "
                          "Let a PyMC step method such as pm.Slice or pm.NUTS sample it, or rewrite its prior in the conjugate form.")
 
-# %% ../nbs/05_conjugate.ipynb #7925961d
+# %% ../nbs/05_conjugate.ipynb #5d07e1e6
 @dataclass
 class LogJoint:
     "The log joint density of a model in natural space, one elementwise term per random variable or potential."
@@ -78,6 +78,7 @@ class LogJoint:
     terms:dict # name -> elementwise log density (the broadcast shape of that variable)
     initial:dict # name -> initial value in natural space, ndarray
     transforms:dict # name -> (transform in the model, the distribution's default transform)
+    states:dict|None = None # name -> number of values of the variables that share a spike and are read as one; None when there is only one
     first_families:dict|None = None # found once
     is_head:bool = False # already shortened for checks
 
@@ -148,7 +149,7 @@ def log_joint(
             initial[rv.name] = np.broadcast_to(np.asarray(given, initial[rv.name].dtype), initial[rv.name].shape).copy()
     return LogJoint(model, free, observed, data, dict(zip(names, terms)), initial, transforms)
 
-# %% ../nbs/05_conjugate.ipynb #20dfa2dc
+# %% ../nbs/05_conjugate.ipynb #e8f73e18
 _TAU_TRAP = ("PyMC 6.4 breaks on MvNormal(mu[z], tau=P[z]) with one precision a row: write cov=pt.linalg.inv(P)[z] "
              "or chol=pt.linalg.cholesky(pt.linalg.inv(P))[z].")
 
@@ -162,6 +163,12 @@ def _precision(cov):
         if op == "AdvancedSubtensor1" or (len(getattr(index, "idx_list", ())) == 1):
             P, logdet = _precision(inputs[0])
             return index(P, *inputs[1:]), (logdet[inputs[1]] if op != "Subtensor" else index(logdet, *inputs[1:]))
+    if op == "Join" and isinstance(inputs[0], Constant) and inputs[0].data == 0 and cov.ndim > 2:
+        pairs = [_precision(c) for c in inputs[1:]]
+        return pt.concatenate([P for P, _ in pairs]), pt.concatenate([logdet for _, logdet in pairs])
+    if op == "Alloc" and inputs[0].ndim == 2 and cov.ndim == 3:
+        P, logdet = _precision(inputs[0])
+        return pt.alloc(P, *inputs[1:]), pt.alloc(logdet, inputs[1])
     if inner in ("Dot", "MatMul", "Matmul") or op in ("Dot", "BatchedDot"):
         L, Lt = inputs
         if Lt.owner is not None and Lt.owner.inputs[0] is L:
@@ -569,7 +576,7 @@ def _owner(joint, name, family, key):
     for b in range(bits): code += (at((np.arange(n) >> b) & 1) == one) * (1 << b)       # the row's element spells its own number
     return np.where(depends, code, -1)
 
-# %% ../nbs/05_conjugate.ipynb #c4d06480
+# %% ../nbs/05_conjugate.ipynb #03c55e06
 _TOLERANCE = 1e-6
 
 def _candidates(joint, name):
@@ -579,6 +586,7 @@ def _candidates(joint, name):
     used, default = joint.transforms[name]
     rv = joint.model[name]
     op = type(rv.owner.op).__name__.removesuffix("RV")
+    if joint.states and name in joint.states: return [FiniteDiscrete(shape, math.prod(joint.states.values()))]
     if v.dtype.startswith(("int", "uint", "bool")):
         return [FiniteDiscrete(shape, _n_values(joint, name, op))]
     if used is not None and type(used) is not type(default):
@@ -751,6 +759,37 @@ def complete_conditional(
         reason = "StickBreakingWeights is a generalised Dirichlet; write the sticks as pm.Beta and the weights as a pm.Deterministic of them"
     raise NotConjugate(name, " or ".join(tried), reason, worst)
 
+# %% ../nbs/05_conjugate.ipynb #e88fa81a
+def _sharing(joint, most=512):
+    "Names and numbers of values of discrete vectors with one element per spike, the one with most values first; empty if there is only one."
+    groups = {}
+    for name, v in joint.free.items():
+        if v.ndim != 1 or not v.dtype.startswith(("int", "uint", "bool")): continue
+        try: n = _n_values(joint, name, type(joint.model[name].owner.op).__name__.removesuffix("RV"))
+        except NotConjugate: continue
+        seen = tuple(k for k in joint.depends(name) if k in joint.observed and joint.data[k].shape[:1] == joint.initial[name].shape)
+        if seen: groups.setdefault(seen, {})[name] = n
+    states = max(groups.values(), key=len, default={})
+    if len(states) < 2 or math.prod(states.values()) > most: return {}
+    return dict(sorted(states.items(), key=lambda kn: -kn[1]))
+
+def together(
+    joint:LogJoint, # log joint of any model
+) -> LogJoint: # the same with one discrete variable, named as the one with most values, for all that share a spike
+    "Read the discrete variables that each spike has as one variable, whose values are their combinations."
+    states = _sharing(joint)
+    if not states: return joint
+    first, swap, step = next(iter(states)), {}, 1
+    state, index = pt.tensor(first, dtype=joint.free[first].dtype, shape=(None,)), np.zeros_like(joint.initial[first])
+    for name, n in states.items():
+        v = joint.free[name]
+        swap[v] = pt.cast(state // step % n, v.dtype)
+        index, step = index + step * joint.initial[name].astype(index.dtype), step * n
+    keep = lambda d: {k: x for k, x in d.items() if k == first or k not in states}
+    terms = clone_replace(list(joint.terms.values()), swap, rebuild_strict=False)
+    return replace(joint, free={**keep(joint.free), first: state}, terms=dict(zip(joint.terms, terms)), initial={**keep(joint.initial), first: index},
+                   transforms=keep(joint.transforms), states=states, first_families=None)
+
 # %% ../nbs/05_conjugate.ipynb #f7058dd5
 def _lift(joint):
     "Float arrays and shared variables of the log joint become inputs, so that the same graph serves other data."
@@ -792,7 +831,7 @@ def _simplex(D):
     basis = np.linalg.svd(corners)[2][:D]
     return corners @ basis.T * np.sqrt((D + 1) / D)
 
-# %% ../nbs/05_conjugate.ipynb #6c2ca8ec
+# %% ../nbs/05_conjugate.ipynb #8b312fc9
 class _Plan:
     "Everything that depends on the structure of a model and not on its data: families, lowering and compiled functions."
     def __init__(self, whole, terms, constants, constant_values, exact):
@@ -807,6 +846,7 @@ class _Plan:
                 if exact: raise
                 self.others[name] = str(e)
         self.base = {k: self.free[k].type(k + "_base") for k in self.family}
+        self.states = whole.states
         self._find_assignments()
         self._lower(constant_values)
         if not self.lowered:
@@ -828,7 +868,7 @@ class _Plan:
         if self.assignments is None or self.free[self.assignments].ndim != 1: return
         self.touched = [k for k in self.terms if self.assignments in self.depends[k]]
         seen = [k for k in self.touched if k in self.observed]
-        self.n_units = self.family[self.assignments].n_values
+        self.n_states = self.family[self.assignments].n_values
         if len(seen) != 1 or self.joint.data[seen[0]].ndim != 2: return
         self.data_name = seen[0]
         self.n_features = D = self.joint.data[self.data_name].shape[1]
@@ -844,7 +884,7 @@ class _Plan:
             g = _grad(total.sum(), self.rows)
             h1, hu = _grad(g.sum(), self.rows), _grad((g * u).sum(), self.rows)
             probe = _function([self.unit_rows, self.rows, u, *self.free.values(), *self.constants.values()], [total, h1, hu])
-            rng, K = np.random.default_rng(0), self.n_units
+            rng, K = np.random.default_rng(0), self.n_states
             diagonal = True
             for units in (np.arange(K), np.tile(np.arange(K), 3)[:2 * K + 1]):
                 point = _random_point(self.joint, self.family, rng)
@@ -867,18 +907,18 @@ class _Plan:
     def _find_curvature(self, constant_values):
         "Normal variables whose Hessian does not depend on the row: one row per unit then carries it."
         self.unit_mean, self.unit_count = pt.matrix("unit_mean"), pt.vector("unit_count")
-        swap = {self.unit_rows: pt.arange(self.n_units), self.rows: self.unit_mean}
+        swap = {self.unit_rows: pt.arange(self.n_states), self.rows: self.unit_mean}
         self.curvature_terms = {k: (self.unit_count * clone_replace(t, swap, rebuild_strict=False)).sum() for k, t in self.row_terms.items()}
         normals = [k for k, f in self.family.items() if isinstance(f, Normal) and any(k in self.depends[t] for t in self.touched)]
         total, self.flat_curvature = _total(list(self.curvature_terms.values())), set()
         rng = np.random.default_rng(7)
-        count, point = rng.gamma(5., size=self.n_units), _random_point(self.joint, self.family, rng)
+        count, point = rng.gamma(5., size=self.n_states), _random_point(self.joint, self.family, rng)
         data = self.joint.data[self.data_name]
         for name in normals:
             v = self.free[name]
             u = pt.constant(rng.normal(size=self.joint.initial[name].shape))
             f = _function([self.unit_mean, self.unit_count, *self.free.values(), *self.constants.values()], [_grad((_grad(total, v) * u).sum(), v)])
-            a, b = (f(data[rng.integers(len(data), size=self.n_units)].astype(float), count, *(np.asarray(point[k], w.dtype) for k, w in self.free.items()), *constant_values.values())[0] for _ in range(2))
+            a, b = (f(data[rng.integers(len(data), size=self.n_states)].astype(float), count, *(np.asarray(point[k], w.dtype) for k, w in self.free.items()), *constant_values.values())[0] for _ in range(2))
             if np.allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(a).max()): self.flat_curvature.add(name)
 
     def curvature(self, names):
@@ -896,12 +936,12 @@ class _Plan:
             point = _random_point(self.joint, self.family, rng)
             values = [np.asarray(point[k], v.dtype) for k, v in self.free.items()]
             X, z = self.joint.data[self.data_name].astype(float), point[self.assignments]
-            count = np.bincount(z, minlength=self.n_units).astype(float)
+            count = np.bincount(z, minlength=self.n_states).astype(float)
             safe = np.maximum(count, 1)[:, None]
-            mean = np.stack([np.bincount(z, X[:, j], self.n_units) for j in range(X.shape[1])], 1) / safe
+            mean = np.stack([np.bincount(z, X[:, j], self.n_states) for j in range(X.shape[1])], 1) / safe
             r = X - mean[z]
-            if self.structure == "diagonal": scatter = np.stack([np.bincount(z, r[:, j] ** 2, self.n_units) for j in range(X.shape[1])], 1)
-            else: scatter = np.stack([r[z == k].T @ r[z == k] for k in range(self.n_units)])
+            if self.structure == "diagonal": scatter = np.stack([np.bincount(z, r[:, j] ** 2, self.n_states) for j in range(X.shape[1])], 1)
+            else: scatter = np.stack([r[z == k].T @ r[z == k] for k in range(self.n_states)])
             rows, w, units = pseudo_spikes((count, mean, scatter))
             a = float(full(*values, *self.joint.data.values(), *constant_values.values())[0])
             b = float(reduced(*values, units, rows, w, count, mean, *self.joint.data.values(), *constant_values.values())[0])
@@ -1009,12 +1049,12 @@ class _Plan:
         if self.structure == "diagonal": h = _grad(g.sum(), self.feature_rows)
         else:
             u = pt.matrix("u")
-            h = _outer_probes(_grad((g * u).sum(), self.feature_rows), u, (self.n_units, self.n_features), 1)
-        at = {self.feature_rows: pt.zeros((self.n_units, self.n_features)), self.unit_weights: pt.ones(self.n_units)}
+            h = _outer_probes(_grad((g * u).sum(), self.feature_rows), u, (self.n_states, self.n_features), 1)
+        at = {self.feature_rows: pt.zeros((self.n_states, self.n_features)), self.unit_weights: pt.ones(self.n_states)}
         return clone_replace([_grad(row_total, self.unit_weights), g, -h], at, rebuild_strict=False)
 
     def _unit_row_terms(self):
-        swap = {self.unit_rows: pt.arange(self.n_units), self.rows: self.feature_rows}
+        swap = {self.unit_rows: pt.arange(self.n_states), self.rows: self.feature_rows}
         return {k: (self.unit_weights * clone_replace(t, swap, rebuild_strict=False)).sum() for k, t in self.row_terms.items()}
 
     def build_unit_quadratic(self): return self._quadratic(_total(list(self._unit_row_terms().values())))
@@ -1032,7 +1072,7 @@ def _named_ancestor(model, assignments):
         p = p.owner.inputs[0]
     return p.name
 
-# %% ../nbs/05_conjugate.ipynb #4dbd8cb7
+# %% ../nbs/05_conjugate.ipynb #a3979f95
 _plans = []
 
 def _plan_of(joint, exact, known=False):
@@ -1043,7 +1083,7 @@ def _plan_of(joint, exact, known=False):
     for plan in _plans:
         if list(plan.terms) != list(terms) or list(plan.constants) != list(constants): continue
         shapes = lambda j: [j.initial[k].shape for k in j.free if not (plan.lowered and k == plan.assignments)]
-        if list(plan.free) != list(joint.free) or shapes(plan.joint) != shapes(joint): continue
+        if plan.states != joint.states or list(plan.free) != list(joint.free) or shapes(plan.joint) != shapes(joint): continue
         if [d.shape[1:] if plan.lowered else d.shape for d in joint.data.values()] != [d.shape[1:] if plan.lowered else d.shape for d in plan.joint.data.values()]: continue
         if any((a[0] is None) != (b[0] is None) or type(a[0]) is not type(b[0]) for a, b in zip(joint.transforms.values(), plan.joint.transforms.values())): continue
         mine = [*plan.free.values(), *plan.observed.values(), *plan.constants.values()]
@@ -1056,7 +1096,7 @@ def _plan_of(joint, exact, known=False):
     del _plans[:-16]
     return plan, values
 
-# %% ../nbs/05_conjugate.ipynb #1fd64f63
+# %% ../nbs/05_conjugate.ipynb #2eaddafa
 class Derivation:
     "The complete conditionals and expected natural parameters of all variables of a model, compiled, bound to its data."
     def __init__(self, joint:LogJoint, plan, constant_values:dict):
@@ -1064,10 +1104,11 @@ class Derivation:
         self.assignments, self.weights, self.others = plan.assignments, plan.weights, plan.others
         self.observed, self.parameters = list(joint.observed), list(plan.parameters)
         self.lowered, self.structure = plan.lowered, plan.structure
-        self.family = dict(plan.family)
+        self.family, self.states = dict(plan.family), plan.states or {}
         if self.assignments:
             self.family[self.assignments] = FiniteDiscrete(joint.initial[self.assignments].shape, plan.family[self.assignments].n_values)
-            self.n_units = plan.family[self.assignments].n_values
+            self.n_states = plan.family[self.assignments].n_values
+            self.n_units = (plan.states or {}).get(self.assignments, self.n_states)
         if self.lowered: self.n_features = plan.n_features
         rng = np.random.default_rng(20170101)
         base = {k: np.asarray(joint.initial[k] if isinstance(f, Wishart) else f.generic(joint.initial[k], rng), dtype=joint.free[k].dtype)
@@ -1085,6 +1126,18 @@ class Derivation:
         "A starting point in natural space: PyMC's initial point, moved at random inside the support if `rng` is given."
         if rng is None: return {k: v.copy() for k, v in self.joint.initial.items()}
         return _random_point(self.joint, self.family, np.random.default_rng(rng))
+
+    def each(self, states) -> dict: # name -> value, shaped as `states`
+        "The assignments, and what is read together with them, at states 0 .. n_states - 1."
+        if not self.states: return {self.assignments: states}
+        values = np.unravel_index(states, tuple(reversed(self.states.values())))
+        return {k: v.astype(np.asarray(states).dtype) for k, v in zip(self.states, reversed(values))}
+
+    def joined(self, values) -> dict: # name -> value
+        "The reverse of `each` in a dictionary of values: the assignments as states; what is missing counts as 0."
+        if not set(values) & set(self.states): return dict(values)
+        states = np.ravel_multi_index([np.asarray(values.get(k, np.zeros(self.joint.initial[self.assignments].shape, int))) for k in reversed(self.states)], tuple(reversed(self.states.values())))
+        return {**{k: v for k, v in values.items() if k not in self.states}, self.assignments: states}
 
     def _statistics(self, s):
         if not self.lowered or s is None: return {}
@@ -1146,11 +1199,10 @@ class Derivation:
     @cached_property
     def _deterministic(self):
         plain = _plain(self.model)
-        value = {rv: self.joint.free[rv.name] for rv in plain.free_RVs}
-        big = [plain[self.assignments]] if self.assignments else []
+        big = [plain[k] for k in self.states or [self.assignments] if k]
         keep = [d for d in plain.deterministics if not set(ancestors([d])) & {*big, *plain.observed_RVs}]
         if not keep: return [], None, []
-        graphs = clone_replace(keep, {rv: self.joint.free[rv.name] for rv in plain.free_RVs}, rebuild_strict=False)
+        graphs = clone_replace(keep, {rv: self.joint.free[rv.name] for rv in plain.free_RVs if rv not in big}, rebuild_strict=False)
         used = [k for k, v in self.joint.free.items() if v in set(ancestors(graphs))]
         batched = {self.joint.free[k]: pt.tensor(k, dtype=self.joint.free[k].dtype, shape=(None,) * (self.joint.free[k].ndim + 1)) for k in used}
         outs = vectorize_graph(graphs, batched)
@@ -1160,17 +1212,20 @@ class Derivation:
         names, fn, used = self._deterministic
         return dict(zip(names, fn(*(np.asarray(points[k], dtype=self.joint.free[k].dtype) for k in used)))) if names else {}
 
-# %% ../nbs/05_conjugate.ipynb #edb7e8f7
+# %% ../nbs/05_conjugate.ipynb #d6cf0ce4
 def derive(
     model:pm.Model, # any PyMC model
     exact:bool=False, # raise NotConjugate as soon as one variable is not conjugate
+    apart:bool=False, # leave discrete variables that share a spike apart, each with its own conditional
 ) -> Derivation:
     "Derive all complete conditionals of a model; the same structure met again in this process costs no new derivation or compilation."
-    joint = log_joint(model, verify=False)              # a structure verified before is recognised by its terms
+    read = lambda verify: log_joint(model, verify) if apart else together(log_joint(model, verify))
+    joint = read(verify=False)              # a structure verified before is recognised by its terms
     plan, values = _plan_of(joint, exact, known=True)
     if plan is None:
-        joint = log_joint(model)
+        joint = read(verify=True)
         plan, values = _plan_of(joint, exact)
+    if joint.states and plan.assignments not in joint.states: return derive(model, exact, apart=True)
     return Derivation(joint, plan, values)
 
 # %% ../nbs/05_conjugate.ipynb #adf5c79c

@@ -336,6 +336,51 @@ def test_the_reduced_log_joint_is_the_models_own(x):
         assert all(np.allclose(p, q, rtol=1e-9) for p, q in zip(lowered, full)), name
 
 
+def collided(x, K=3):
+    "Two discrete questions about every spike: which unit, and how far from it."
+    with pm.Model() as model:
+        w = pm.Dirichlet("w", np.ones(K))
+        f = pm.Beta("f", 1., 4.)
+        mu = pm.Normal("mu", 0, 3, shape=(K, x.shape[1]))
+        far = pm.Gamma("far", 2., 8.)
+        c = pm.Bernoulli("c", f, shape=len(x))
+        z = pm.Categorical("z", w, shape=len(x))
+        pm.Normal("y", mu[z], 1 / pt.sqrt(pt.stack([pt.as_tensor(1.), far])[c])[:, None], observed=x)
+    return model
+
+
+def test_discrete_variables_that_share_a_spike_are_read_as_one(x):
+    model = collided(x)
+    d = derive(model)
+    assert d.lowered and (d.assignments, d.n_units, d.n_states) == ("z", 3, 6) and "c" not in d.family
+    point = d.initial(0)
+    answers = d.each(point["z"])
+    assert set(answers) == {"z", "c"} and np.array_equal(d.joined({**point, **answers})["z"], point["z"])
+    from pymc.model.transform.conditioning import remove_value_transforms
+    own = remove_value_transforms(model).compile_logp(jacobian=False)
+    values = {k: v for k, v in point.items() if k != "z"}
+    c, b, A = d.unit_quadratic(point)
+    for i in (0, 7):
+        direct = []
+        for state in range(6):
+            here = {k: v.copy() for k, v in answers.items()}
+            for k, v in d.each(state).items(): here[k][i] = v
+            direct.append(own({**values, **here}))
+        quadratic = c + x[i] @ b.T - .5 * x[i] ** 2 @ A.T
+        assert np.allclose(np.diff(direct), np.diff(quadratic), atol=1e-9)
+    assert derive(collided(x[:40]))._plan is d._plan and derive(collided(x), apart=True).family.keys() >= {"z", "c"}
+
+
+def test_discrete_variables_that_depend_on_their_neighbours_stay_apart(x):
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0, 3, shape=2)
+        z = pm.Categorical("z", [.5, .5], shape=len(x))
+        c = pm.Bernoulli("c", pt.where(pt.eq(pt.concatenate([z[1:], z[:1]]), 1), .2, .6), shape=len(x))
+        pm.Normal("y", mu[z] + 4 * c, 1., observed=x[:, 0])
+    d = derive(model)
+    assert d.states == {} and "z" in d.others and "c" in d.family
+
+
 def test_the_expected_assignment_step_is_the_textbook_one(x):
     """Bishop (2006), eqs 10.46, 10.64, 10.65, for factorised means and variances."""
     from scipy.special import digamma

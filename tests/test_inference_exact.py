@@ -97,6 +97,48 @@ def test_six_counts_three_units_by_enumeration(moves):
     if moves: assert all(int(v.split()[0]) > 20 for v in json.loads(f.attrs["moves"]).values())
 
 
+def collision_weights(x, K, near, far, odds):
+    "Posterior probabilities of all (assignments, collided) of a few points: weights, fraction and means integrated out."
+    from scipy.special import betaln
+    n, memory, out = len(x), {}, {}
+    def block(S, c):
+        if (S, c) not in memory:
+            v = np.where(np.array(c) == 1, far, near)
+            y, C = x[list(S)], np.diag(v) + v0
+            memory[S, c] = -.5*(len(S)*np.log(2*np.pi) + np.linalg.slogdet(C)[1] + y @ np.linalg.solve(C, y))
+        return memory[S, c]
+    for z in itertools.product(range(K), repeat=n):
+        size = np.bincount(z, minlength=K)
+        share = (gammaln(alpha + size) - gammaln(alpha)).sum()
+        groups = [tuple(np.flatnonzero(np.equal(z, k))) for k in set(z)]
+        for c in itertools.product(range(2), repeat=n):
+            l = share + betaln(1 + sum(c), odds + n - sum(c)) + sum(block(S, tuple(c[i] for i in S)) for S in groups)
+            key = partition(z), c
+            out[key] = np.logaddexp(out.get(key, -np.inf), l)
+    p = np.exp(np.array(list(out.values())) - np.logaddexp.reduce(list(out.values())))
+    return dict(zip(out, p))
+
+@pytest.mark.parametrize("method", ["gibbs", pytest.param("nuts", marks=pytest.mark.slow)])
+def test_five_points_that_may_have_collided_by_enumeration(method):
+    "Two discrete variables per point, drawn as one; NUTS sums both out."
+    x, K, near, far, odds = np.array([-1.1, -.9, .2, 1.5, 4.5]), 2, .1, 4., 3.
+    exact = collision_weights(x, K, near, far, odds)
+    with pm.Model() as m:
+        w = pm.Dirichlet("w", np.full(K, alpha))
+        f = pm.Beta("f", 1., odds)
+        mu = pm.Normal("mu", m0, np.sqrt(v0), shape=K)
+        z = pm.Categorical("z", w, shape=5)
+        c = pm.Bernoulli("c", f, shape=5)
+        pm.Normal("x", mu[z], pt.sqrt(pt.as_tensor([near, far]))[c], observed=x)
+    how = dict(draws=6000, tune=200) if method == "gibbs" else dict(draws=1500, tune=700)
+    post = fit(m, method, chains=4, seed=4, **how, **quiet)["posterior"]
+    together = {}
+    for (p, hit), value in exact.items(): together[p] = together.get(p, 0) + value
+    assert agree(post.z.values, together) < (.05 if method == "gibbs" else .1)
+    alone = np.array([sum(v for (_, hit), v in exact.items() if hit[i]) for i in range(5)])
+    assert np.abs(post.c.values.mean((0, 1)) - alone).max() < (.03 if method == "gibbs" else .05)
+
+
 def geweke(build, prior, n, sweeps, moves, seed):
     "Alternate data given parameters and a sweep given data; the parameters must keep their prior."
     rng = np.random.default_rng(seed)

@@ -36,6 +36,7 @@ def test_units_and_collisions_are_found(made, data):
     assert criticism.calibration(made, unit).attrs["ece"] < .03
 
 
+@pytest.mark.filterwarnings("ignore::spike_ppl.criticism.ParetoWarning")
 def test_prediction_restores_the_model_from_the_file(made, data, tmp_path):
     features = data[0]
     made.to_netcdf(tmp_path / "fit.nc")

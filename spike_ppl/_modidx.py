@@ -1079,6 +1079,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spike_ppl.scale._coincidences': ('scale.html#_coincidences', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._died': ('scale.html#_died', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._locally': ('scale.html#_locally', 'spike_ppl/scale.py'),
+                                 'spike_ppl.scale._netcdf': ('scale.html#_netcdf', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._on_client': ('scale.html#_on_client', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._one': ('scale.html#_one', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._run': ('scale.html#_run', 'spike_ppl/scale.py'),

@@ -87,7 +87,7 @@ class Found(NamedTuple):
     n_samples: int
     info: dict                # times, memory, what the job was
 
-# %% ../nbs/12_scale.ipynb #bf89f240
+# %% ../nbs/12_scale.ipynb #abbb8e7a
 def save_found(
     found:Found, # what a job returned
     path, # file, .npz
@@ -97,6 +97,14 @@ def save_found(
     arrays |= dict(own=np.array(found.neighbourhood.own), channels=np.array(found.neighbourhood.channels))
     text = json.dumps(dict(index=found.neighbourhood.index, sampling_rate=found.sampling_rate, n_samples=found.n_samples, info=found.info))
     return _write_whole(path, lambda f: np.savez(f, text=np.array(text), **arrays))
+
+_one_at_a_time = threading.Lock()
+
+def _netcdf(fit):
+    "A fit in memory as the bytes of a NetCDF file."
+    import dask
+    with _one_at_a_time, dask.config.set(scheduler="synchronous"):      # with a Dask client about, xarray would ask it for a lock on a file that has no name
+        return bytes(fit.to_netcdf(engine="h5netcdf"))
 
 def _write_whole(path, write):
     "A whole file or none, made by `write` (open file); returns its path."
@@ -189,7 +197,7 @@ def _use(since, clock, **more):
     import resource
     return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **more)
 
-# %% ../nbs/12_scale.ipynb #4013897a
+# %% ../nbs/12_scale.ipynb #1c24e9b6
 class PartJob:
     "Sorts one neighbourhood: `job(neighbourhood) -> Found`."
     def __init__(self,
@@ -221,7 +229,7 @@ class PartJob:
         if standard is None: standard = standardise(recording, seed=seed)
         units, templates, n_averaged = templates_of(standard, labels, seed=seed)
         fit = getattr(result, "fit", None)
-        if self.fits and fit is not None: _write_whole(Path(self.fits)/f"part_{part.index:05d}.nc", lambda f: f.write(fit.to_netcdf(engine="h5netcdf")))
+        if self.fits and fit is not None: _write_whole(Path(self.fits)/f"part_{part.index:05d}.nc", lambda f: f.write(_netcdf(fit)))
         order = np.argsort(labels["sample_index"].values, kind="stable")
         info = _use(t0, c0, neighbourhood=part.index, channels=len(part.channels), spikes=int(labels.size), units=len(units), timings=getattr(result, "timings", None) or {})
         return Found(part, labels["sample_index"].values[order].astype("int64"), labels.values[order].astype("int64"), labels["probability"].values[order].astype(float),

@@ -14,6 +14,7 @@ import xarray as xr
 from hypothesis import given, settings, strategies as st
 
 from conftest import hears_interrupts
+from spike_ppl import scale
 from spike_ppl.scale import (Found, JobFailed, MissingParts, Neighbourhood, PartJob, after_last_pass, coincidences, last_tasks, load_found, merge, missing_parts, neighbourhoods, part_seed, portable, run_jobs, save_found,
     share_of, sort_in_parts)
 
@@ -613,3 +614,12 @@ def test_memory_does_not_grow_with_the_recording(tmp_path):
     short, long = run(30), run(240)
     traces = 2 * 4 * 7 * 20_000 * (240 - 30)   # two copies, standardised and whitened
     assert long - short < traces / 4, (short, long, traces)
+
+
+def test_a_fit_is_written_where_a_dask_client_is_about(tmp_path):
+    "xarray asks the client for a lock by the file's name, and bytes in memory have none."
+    from dask.distributed import Client
+    fit = xr.DataTree.from_dict({"posterior": xr.Dataset({"means": ("unit", np.arange(3.))})})
+    with Client(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp://", dashboard_address=None):
+        path = scale._write_whole(tmp_path / "fits" / "part_00000.nc", lambda f: f.write(scale._netcdf(fit)))
+    with xr.open_datatree(path, engine="h5netcdf") as back: assert np.array_equal(back["posterior"]["means"], np.arange(3.))

@@ -16,8 +16,8 @@ white, by one zero-phase filter over time and channels. Everything after it is p
 
 # %% auto #0
 __all__ = ['N_FEATURES', 'WHOLE', 'whitening_filter', 'decorrelate', 'Shapes', 'learn_shapes', 'Peaks', 'find', 'cut_at', 'Bank',
-           'make_bank', 'Matched', 'match', 'default_model', 'KeptFits', 'Sort', 'sort', 'LastPass',
-           'sort_by_neighbourhoods', 'free_folder', 'save', 'load_sort', 'make_report', 'main', 'compare',
+           'make_bank', 'Matched', 'match', 'default_model', 'Drift', 'estimate_drift', 'KeptFits', 'Sort', 'sort',
+           'LastPass', 'sort_by_neighbourhoods', 'free_folder', 'save', 'load_sort', 'make_report', 'main', 'compare',
            'cluster_peaks', 'register']
 
 # %% ../nbs/13_sort.ipynb #39a0d20f
@@ -173,15 +173,17 @@ def _pieces(work, recording, margin, n_jobs=1, bar=None):
 class Shapes(NamedTuple):
     "What `find` looks for."
     basis: np.ndarray  # spike shapes on one channel, orthonormal (shape, time)
-    near: np.ndarray   # channels whose energies are added up (channel, channel) float
+    near: np.ndarray   # channels that a spike may reach (channel, channel) float
     window: int        # samples; of two peaks closer than this only the larger is a spike
+    areas: np.ndarray  # channels whose energies are added up, in areas of several sizes around each channel (area, channel, channel) float
 
 # %% ../nbs/13_sort.ipynb #8c4db986
 def learn_shapes(
     recording, # decorrelated recording
     n_shapes=3, # shapes
     half=.75, # ms before and after a peak
-    radius=100., # µm around a channel whose energy counts
+    radius=100., # µm around a channel that a spike may reach
+    areas=(0., .4, 1.), # parts of the radius: of the areas whose energies are added up
     threshold=5., # sd; peaks to learn from
     max_peaks=5000, # of them at most
     seconds=60., # of recording at most
@@ -205,8 +207,9 @@ def learn_shapes(
     if len(x) > max_peaks: x = x[np.sort(np.random.default_rng(seed).choice(len(x), max_peaks, replace=False))]
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     xy = recording.get_channel_locations()
-    near = np.linalg.norm(xy[:, None] - xy[None], axis=-1) <= radius
-    return Shapes(np.linalg.svd(x.astype(float), full_matrices=False)[2][:min(n_shapes, len(x))].astype("float32"), near.astype("float32"), int(.8e-3 * rate))
+    apart = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
+    return Shapes(np.linalg.svd(x.astype(float), full_matrices=False)[2][:min(n_shapes, len(x))].astype("float32"), (apart <= radius).astype("float32"), int(.8e-3 * rate),
+        np.stack([apart <= a * radius for a in areas]).astype("float32"))
 
 # %% ../nbs/13_sort.ipynb #d8912c56
 @numba.njit(cache=True, nogil=True)
@@ -256,6 +259,12 @@ class Peaks(NamedTuple):
     channel: np.ndarray       # index of the channel with most energy (spike,)
     size: np.ndarray          # energy, in sd of the noise's energy (spike,)
 
+# %% ../nbs/13_sort.ipynb #b07c5e12
+def _equally_rare(threshold, known, freedom):
+    "What a chi-squared variable of `freedom` must exceed, in its own sd above its mean, to be as rare as one of `known` freedom is above `threshold`."
+    w = (np.cbrt(1 + threshold * np.sqrt(2 / known)) - 1 + 2 / (9 * known)) / np.sqrt(2 / (9 * known))
+    return ((1 - 2 / (9 * freedom) + w * np.sqrt(2 / (9 * freedom)))**3 - 1) * np.sqrt(freedom / 2)
+
 # %% ../nbs/13_sort.ipynb #c3e544e3
 def find(
     recording, # decorrelated recording
@@ -265,10 +274,12 @@ def find(
     n_jobs=1, # threads
     bar=None, # progress bar
 )->Peaks:
-    "Spikes by their energy in the space of spike shapes, timed to a fraction of a sample."
+    "Spikes by their energy in the space of spike shapes, on areas of several sizes, timed to a fraction of a sample."
     rate, n_total = recording.get_sampling_frequency(), recording.get_num_samples(0)
-    basis, near, window = shapes
-    freedom = (len(basis) * near.sum(1)).astype("float32")
+    basis, near, window, areas = shapes
+    freedom = len(basis) * areas.sum(2)
+    weight = threshold / (_equally_rare(threshold, np.median(freedom[-1]), freedom) * np.sqrt(2 * freedom))
+    offset, weight = (weight * freedom).astype("float32")[..., None], weight.astype("float32")[..., None]
     edge = int(.0025 * rate) + basis.shape[1]
     reach = int(.0004 * rate)
     margin = window + basis.shape[1] + reach + 4
@@ -278,7 +289,7 @@ def find(
             _take_all_out(x, first, *subtract[0].spikes, subtract[1].shifted)
         e = _energy(x, basis)
         total, main = e.sum(0), e[0]
-        score = ((near @ total - freedom[:, None]) / np.sqrt(2 * freedom)[:, None]).max(0)
+        score = (weight * (areas @ total) - offset).max((0, 1))
         t = _peaks(score, window, threshold, max(start, edge) - first, max(max(start, edge) - first, min(stop, n_total - edge) - first))
         if not len(t): return np.zeros((4, 0))
         c = total[:, t].argmax(0)
@@ -987,6 +998,81 @@ def _echoes(matched, bank, rate, part=.5, within=.004, tolerance=.00025):
             if len(lags) and np.convolve(np.bincount(lags + reach, minlength=2 * reach), np.ones(wide), "same").max() > part * len(times[a]): bad.append(a); break
     return bad
 
+# %% ../nbs/13_sort.ipynb #0c4be9d7
+class Drift(NamedTuple):
+    "How far the tissue has moved along the probe."
+    sample_index: np.ndarray  # middle of each stretch of time (stretch,)
+    depth: np.ndarray         # µm against the median; its scale is that of spikes located by their centre of mass, which is a little too small (stretch,)
+    axis: int                 # of the positions of channels: 0 for x, 1 for y
+    def at(self, sample_index): return np.interp(sample_index, self.sample_index, self.depth)
+    @property
+    def range(self): return float(np.subtract(*np.quantile(self.depth, [.95, .05])))
+
+# %% ../nbs/13_sort.ipynb #a3f1d850
+def estimate_drift(
+    standard, # standardised recording
+    peaks:Peaks, # its spikes
+    least=1.5, # µm; less than this is none
+    stretch=2., # s for which the tissue stands still, at least; there are no more than 120 stretches
+    trough=6., # sd; spikes of smaller troughs are not located
+    most=20_000, # spikes to locate
+    seed=0, # of their choice
+): # Drift, or None where none is seen or the probe is too short to see it
+    """Motion of the tissue along the longer side of the probe, by SpikeInterface's decentralised registration of the depths of spikes.
+
+    Needs eight electrodes in at least five rows that are at most 50 µm apart, and 20 s."""
+    rate, n_total, xy = standard.get_sampling_frequency(), standard.get_num_samples(0), standard.get_channel_locations()
+    axis = int(np.ptp(xy, axis=0)[:2].argmax())
+    rows = np.unique(xy[:, axis].round(1))
+    if len(xy) < 8 or len(rows) < 5 or np.diff(rows).max() > 50 or n_total < 20 * rate: return None
+    half = int(.5e-3 * rate)
+    t = peaks.sample_index[(peaks.sample_index > 5 * half) & (peaks.sample_index < n_total - 5 * half)]
+    if len(t) > most: t = np.sort(np.random.default_rng(seed).choice(t, most, replace=False))
+    low = -cut_at(standard, t, np.zeros(len(t)), half, half).min(1)
+    t, low = t[low.max(1) > trough], low[low.max(1) > trough]
+    if len(t) < 200: return None
+    from spikeinterface.core.base import base_peak_dtype
+    from spikeinterface.sortingcomponents.motion import estimate_motion
+    p, where = np.zeros(len(t), base_peak_dtype), np.zeros(len(t), [("x", "f8"), ("y", "f8")])
+    p["sample_index"], p["channel_index"], p["amplitude"] = t, low.argmax(1), -low.max(1)
+    mass = np.maximum(low - 2, 0) * (np.linalg.norm(xy[p["channel_index"]][:, None] - xy[None], axis=2) <= 75)
+    where["x"], where["y"] = (mass @ xy[:, :2] / mass.sum(1)[:, None]).T
+    import gc
+    gc.freeze()      # the registration collects garbage at each of its steps; nothing that was there before is its garbage
+    try: motion = estimate_motion(standard, p, where, direction="xy"[axis], method="decentralized", rigid=True, bin_um=2., bin_s=max(stretch, n_total / rate / 120), progress_bar=False)
+    finally: gc.unfreeze()
+    depth = motion.displacement[0][:, 0]
+    drift = Drift(((motion.temporal_bins_s[0] - standard.get_start_time()) * rate).astype("int64"), depth, axis)
+    steady = np.corrcoef(depth[1:], depth[:-1])[0, 1] > .5 if depth.std() > 0 else False     # what jumps back and forth is noise of the estimate
+    return drift if drift.range >= least and steady else None
+
+# %% ../nbs/13_sort.ipynb #e92b7f46
+def _join_moved(recording, matched, bank, drift, overlap=.3, closer=.25, least=3., edge=25):
+    "Unit of each template, where those that take turns as the tissue moves, and hand over to each other, are one."
+    from itertools import combinations
+    from scipy.sparse.csgraph import connected_components
+    K, C, T = bank.templates.shape
+    far, lag = _distances(bank.templates.transpose(0, 2, 1), np.full(K, 1e12))
+    norm, depth = np.sqrt((bank.templates**2).sum((1, 2))), drift.at(matched.start)
+    inside = (matched.start > T) & (matched.start + 2 * T < recording.get_num_samples(0))
+    rows = [np.flatnonzero((matched.template == k) & inside) for k in range(K)]
+    rows = [r[np.argsort(depth[r], kind="stable")] for r in rows]
+    same = bank.unit[:, None] == bank.unit[None]
+    for a, b in combinations(range(K), 2):
+        if same[a, b] or not np.isfinite(far[a, b]) or min(len(rows[a]), len(rows[b])) < 10: continue
+        cuts = np.unique(depth[np.r_[rows[a], rows[b]]])
+        cuts = (cuts[1:] + cuts[:-1]) / 2
+        if not len(cuts): continue
+        below = [np.searchsorted(depth[r], cuts) / len(r) for r in (rows[a], rows[b])]
+        shared = 1 - np.abs(below[0] - below[1])
+        cut = cuts[shared.argmin()]
+        if shared.min() > overlap: continue
+        ends = [np.sort(r[np.argsort(np.abs(depth[r] - cut), kind="stable")[:edge]]) for r in (rows[a], rows[b])]
+        means = np.stack([_template(_centred_spikes(recording, matched, bank, r, np.full(len(r), l)), np.inf) for r, l in zip(ends, (0, lag[b, a]))])
+        gap = _distances(means, np.array([len(r) for r in ends]))[0][0, 1]
+        same[a, b] = same[b, a] = gap < max(least, closer * min(norm[a], norm[b]))
+    return connected_components(same)[1]
+
 # %% ../nbs/13_sort.ipynb #ddef4c7d
 class _Stages:
     "Times and progress bars of the stages."
@@ -1016,7 +1102,7 @@ def _kept(units, rows):
     unit = np.unique(units.unit[rows], return_inverse=True)[1] if len(rows) else np.zeros(0, int)
     return _Units(units.templates[rows], unit, units.counts[rows], units.judged[rows])
 
-def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options, leftovers=True):
+def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options, leftovers=True, drift=None):
     "Cluster, match, look again, match: the units of a decorrelated recording."
     rate, n_total = white.get_sampling_frequency(), white.get_num_samples(0)
     seconds = n_total / rate
@@ -1052,10 +1138,12 @@ def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncati
     for again in range(2):
         bank = _bank(units, before, rate, seconds)
         matched = match(white, bank, sweeps=2, n_jobs=n_jobs, bar=bar)
+        if again: break
+        unit = bank.unit if drift is None else _join_moved(white, matched, bank, drift)
         counts = matched.counts
-        bad = set(_echoes(matched, bank, rate)) | set(np.flatnonzero(counts < fewest).tolist())
-        if not bad or again: break
-        units = _kept(units._replace(counts=counts.astype(float)), np.array([k for k in range(len(counts)) if k not in bad], int))
+        bad = set(_echoes(matched, bank._replace(unit=unit), rate)) | set(np.flatnonzero(np.bincount(unit, counts)[unit] < fewest).tolist()) | set(np.flatnonzero(counts == 0).tolist())
+        if not bad and len(np.unique(unit)) == len(np.unique(bank.unit)): break
+        units = _kept(units._replace(unit=unit, counts=counts.astype(float)), np.array([k for k in range(len(counts)) if k not in bad], int))
     if not leftovers: return fits, matched, bank, None
     stages.begin("leftovers")
     return fits, matched, bank, _left_over(white, shapes, matched, bank, rate, n_jobs)
@@ -1116,10 +1204,11 @@ class Sort:
         timings=None, # stage -> wall and cpu seconds
         fits=None, # of every area; of parts: one per neighbourhood, if a folder was given to keep them
         neighbourhoods=None, # what each neighbourhood's job reported, if it was sorted in parts
+        drift=None, # `Drift` of the tissue along the probe, if any was seen
     ):
         self.labels, self.waveforms, self.features, self.recording = labels, waveforms, features, recording
         self.fit, self.fits = fit, [f for f in [fit] if f is not None] if fits is None else fits
-        self.settings, self.timings, self.neighbourhoods = settings or {}, timings or {}, neighbourhoods or []
+        self.settings, self.timings, self.neighbourhoods, self.drift = settings or {}, timings or {}, neighbourhoods or [], drift
 
     @property
     def probability(self): return self.labels["probability"]
@@ -1168,6 +1257,7 @@ def sort(
     freq_max=None, # Hz, upper edge; 0.45 x sampling rate by default: the whitening weighs frequencies itself
     truncation=20, # most units that the mixture of all spikes may have
     rounds=2, # of matching and looking again
+    motion=True, # join the parts of units that the tissue's motion along the probe cut in pieces
     fewest=25, # spikes that a unit must have
     smallest=6., # length of a unit's template in whitened space, noise sd: spikes of smaller ones are not told from noise
     memory=4e9, # bytes for traces and waveforms
@@ -1184,7 +1274,7 @@ def sort(
     _check_settings(model, method, n_jobs=n_jobs, threshold=threshold, truncation=truncation, rounds=rounds, fewest=fewest, smallest=smallest)
     rate = recording.get_sampling_frequency()
     settings = dict(model=model if isinstance(model, str) else "default" if model is None else getattr(model, "__name__", "own"), method=method, seed=int(seed), threshold=threshold,
-        freq_min=freq_min, freq_max=freq_max or .45 * rate, truncation=truncation, rounds=rounds, fewest=fewest, smallest=smallest, **{k: repr(v) for k, v in options.items()})
+        freq_min=freq_min, freq_max=freq_max or .45 * rate, truncation=truncation, rounds=rounds, motion=bool(motion), fewest=fewest, smallest=smallest, **{k: repr(v) for k, v in options.items()})
     stages = _Stages(progressbar)
     keep = _Memory(folder, json.dumps(settings, sort_keys=True))
     try:
@@ -1199,7 +1289,11 @@ def sort(
         shapes, peaks = keep("find", first)
         n = len(peaks.sample_index)
         if n < fewest: raise RecordingError(f"No units found: {n} spikes in {white.get_num_samples(0) / rate:.1f} s, fewer than the {fewest} that one unit must have. Record longer, or lower threshold or fewest.")
-        fits, matched, bank, left = keep("units", lambda: _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options, leftovers))
+        drift = None
+        if motion:
+            stages.begin("motion")
+            drift = keep("motion", lambda: estimate_drift(standard, peaks, seed=seed))
+        fits, matched, bank, left = keep("units", lambda: _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options, leftovers, drift))
         stages.begin("label")
         labels = _labels(standard, white, matched, bank, left, rate)
         fit, features, rows = max(fits, key=lambda f: len(f[2]))
@@ -1208,7 +1302,7 @@ def sort(
             channel=("feature", np.full(features.shape[1], -1)), latent=("feature", np.arange(features.shape[1])), sample_index=("spike", _nearest(labels["sample_index"].values, peaks.sample_index[rows], int(1e-3 * rate)))))
         if "observed_data" in fit.children: fit["observed_data"] = fit["observed_data"].to_dataset().assign_coords(sample_index=x["sample_index"])
     finally: stages.end()
-    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits])
+    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits], drift=drift)
 
 # %% ../nbs/13_sort.ipynb #f55e046b
 def _nearest(known, wanted, within):

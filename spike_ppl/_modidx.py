@@ -1158,6 +1158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spike_ppl.sort._dot': ('sort.html#_dot', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._echoes': ('sort.html#_echoes', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._energy': ('sort.html#_energy', 'spike_ppl/sort.py'),
+                                'spike_ppl.sort._filtered_sum': ('sort.html#_filtered_sum', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._fit': ('sort.html#_fit', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._in_parts': ('sort.html#_in_parts', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._into': ('sort.html#_into', 'spike_ppl/sort.py'),

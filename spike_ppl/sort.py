@@ -55,6 +55,7 @@ def whitening_filter(
     lags = max(4, int(reach * 1e-3 * rate))
     piece, guard = 4 * lags, int(1e-3 * rate)
     pieces = {}
+    from scipy import fft
     for start, stop in _stretches(n_samples, int(rate), max(1, int(seconds)), seed):
         x = np.asarray(recording.get_traces(start_frame=start, end_frame=stop), "float32")
         for level in (threshold, 1.5 * threshold, np.inf):
@@ -64,8 +65,8 @@ def whitening_filter(
     level = next((l for l in pieces if len(pieces[l]) * piece > 20 * recording.get_num_channels() * lags), np.inf)
     x = np.stack(pieces[level]) if pieces[level] else None
     if x is None: raise RecordingError(f"The recording has {n_samples} samples; its noise cannot be estimated from less than {piece} ({piece / rate * 1e3:.0f} ms).")
-    spectrum = np.fft.rfft(x, 2 * piece, axis=1)
-    power = np.einsum("nfc,nfd->fcd", spectrum.conj(), spectrum)
+    spectrum = fft.rfft(x, 2 * piece, axis=1)
+    power = np.matmul(spectrum.conj().transpose(1, 2, 0), spectrum.transpose(1, 0, 2))
     every = np.r_[-lags:lags + 1]
     covariance = np.fft.irfft(power, 2 * piece, axis=0)[every] / (len(x) * (piece - np.abs(every)))[:, None, None]
     size = 1 << int(np.ceil(np.log2(8 * lags)))
@@ -74,7 +75,7 @@ def whitening_filter(
     density = np.fft.rfft(ring, axis=0)
     values, vectors = np.linalg.eigh((density + density.conj().transpose(0, 2, 1)) / 2)
     values = np.maximum(values, floor * np.median(values))
-    response = np.einsum("fik,fk,fjk->fij", vectors, values**-.5, vectors.conj())
+    response = (vectors * values[:, None]**-.5) @ vectors.conj().transpose(0, 2, 1)
     half = int(1.25 * lags)
     taps = np.fft.irfft(response, size, axis=0)[np.r_[-half:half + 1]] * np.hanning(2 * half + 3)[1:-1, None, None]
     return taps.astype("float32")
@@ -423,8 +424,8 @@ def _dot(y, at, template, where, reach):
     s = np.float32(0)
     T = template.shape[1]
     for i in range(reach):
-        c = where[i]
-        for a in range(T): s += y[c, at + a] * template[c, a]
+        row, shape = y[where[i], at:at + T], template[where[i]]      # cut out first: an index that cannot be negative is one that vector instructions can follow
+        for a in range(T): s += row[a] * shape[a]
     return s
 
 @numba.njit(**_fast)
@@ -432,8 +433,8 @@ def _add(y, at, gain, template, where, reach):
     "Add gain x template to the traces."
     T = template.shape[1]
     for i in range(reach):
-        c = where[i]
-        for a in range(T): y[c, at + a] += gain * template[c, a]
+        row, shape = y[where[i], at:at + T], template[where[i]]
+        for a in range(T): row[a] += gain * shape[a]
 
 @numba.njit(**_fast)
 def _best(match, terms, precision, closed, t):
@@ -486,7 +487,8 @@ def _peel(y, match, shifted, middle, energy, cross, meets, where, reach, precisi
                 _add(y, t_best, -g, shifted[k, j_best], where[k], reach[k])
                 for other in range(K):
                     if meets[k, other]:
-                        for q in range(lo, hi): match[other, q] -= g * cross[k, j_best, other, q - t_best + T - 1]
+                        row, response = match[other, lo:hi], cross[k, j_best, other, lo - t_best + T - 1:]
+                        for q in range(hi - lo): row[q] -= g * response[q]
                 at.append(t_best); of.append(k); step.append(j_best); size.append(g)
                 found += 1
             for q in range(lo, hi): best[q], which[q] = _best(match, terms, precision, closed, q)
@@ -546,17 +548,25 @@ def _take_out(w, lo, own, start, template, step, gain, shifted):
                 for c in range(w.shape[2]): w[s, start[i] - lo[s] + a, c] -= gain[i] * shifted[template[i], step[i], c, a]
 
 # %% ../nbs/13_sort.ipynb #cab5aef0
+@numba.njit(**_fast)
+def _filtered_sum(block, channels, spectrum, out):
+    "Sum over a template's channels of transforms (channel, frequency) times its own, into `out` (frequency)."
+    out[:] = 0
+    for i in range(len(channels)):
+        a, b = block[channels[i]], spectrum[i]
+        for f in range(len(out)): out[f] += a[f] * b[f]
+
 def _products(x, bank, n):
     "Product of every template with the traces (time, channel) from each sample (template, time)."
     from scipy import fft
     T = bank.templates.shape[2]
     y = np.ascontiguousarray(x.T)
     out = np.empty((len(bank.templates), n), "float32")
-    step = BLOCK - T + 1
+    step, sums = BLOCK - T + 1, np.empty((len(out), BLOCK // 2 + 1), "complex64")
     for a in range(0, n, step):
         block = fft.rfft(y[:, a:a + BLOCK], BLOCK, axis=1)
         m = min(step, n - a)
-        sums = np.stack([np.einsum("cf,cf->f", block[c], spectrum) for c, spectrum in bank.spectra])
+        for k, (channels, spectrum) in enumerate(bank.spectra): _filtered_sum(block, channels, spectrum, sums[k])
         out[:, a:a + m] = fft.irfft(sums, BLOCK, axis=1)[:, :m]
     return out
 
@@ -750,7 +760,7 @@ def _residual_power(w, template):
 
 def _template(w, most=1.4):
     "Mean of the windows that are not outlying, or None if what they share is not all there is in them."
-    m = np.median(w[::max(1, len(w) // 300)], 0)   # of so many, the median is sure enough to tell who is outlying
+    m = np.median(w[::max(1, len(w) // 100)], 0)   # of so many, the median is sure enough to tell who is outlying
     _, left = _residual_power(w, m)
     middle = np.median(left)
     if middle > most: return None

@@ -86,6 +86,7 @@ class Found(NamedTuple):
     sampling_rate: float
     n_samples: int
     info: dict                # times, memory, what the job was
+    learned: dict = {}        # what a last pass may use, by name: arrays (template, ...), and `unit` (template,): the unit of each
 
 # %% ../nbs/12_scale.ipynb #abbb8e7a
 def save_found(
@@ -95,6 +96,7 @@ def save_found(
     "Write a job's result, whole or not at all; returns the path."
     arrays = {k: getattr(found, k) for k in ("sample_index", "unit", "probability", "entropy", "peak_channel", "units", "templates", "n_averaged")}
     arrays |= dict(own=np.array(found.neighbourhood.own), channels=np.array(found.neighbourhood.channels))
+    arrays |= {f"learned_{k}": v for k, v in found.learned.items()}
     text = json.dumps(dict(index=found.neighbourhood.index, sampling_rate=found.sampling_rate, n_samples=found.n_samples, info=found.info))
     return _write_whole(path, lambda f: np.savez(f, text=np.array(text), **arrays))
 
@@ -127,7 +129,8 @@ def load_found(
     with np.load(path, allow_pickle=False) as held:
         text = json.loads(str(held["text"]))
         where = Neighbourhood(text["index"], tuple(held["own"].tolist()), tuple(held["channels"].tolist()))
-        return Found(where, *(held[k] for k in ("sample_index", "unit", "probability", "entropy", "peak_channel", "units", "templates", "n_averaged")), text["sampling_rate"], text["n_samples"], text["info"])
+        return Found(where, *(held[k] for k in ("sample_index", "unit", "probability", "entropy", "peak_channel", "units", "templates", "n_averaged")), text["sampling_rate"], text["n_samples"], text["info"],
+            {k.removeprefix("learned_"): held[k] for k in held.files if k.startswith("learned_")})
 
 # %% ../nbs/12_scale.ipynb #c1879fa6
 class Labelled(NamedTuple):
@@ -232,8 +235,9 @@ class PartJob:
         if self.fits and fit is not None: _write_whole(Path(self.fits)/f"part_{part.index:05d}.nc", lambda f: f.write(_netcdf(fit)))
         order = np.argsort(labels["sample_index"].values, kind="stable")
         info = _use(t0, c0, neighbourhood=part.index, channels=len(part.channels), spikes=int(labels.size), units=len(units), timings=getattr(result, "timings", None) or {})
+        learned = getattr(result, "learned", None) or {} if self.last else {}
         return Found(part, labels["sample_index"].values[order].astype("int64"), labels.values[order].astype("int64"), labels["probability"].values[order].astype(float),
-            labels["entropy"].values[order].astype(float), np.asarray(labels["peak_channel"].values)[order], units, templates, n_averaged, rate, n_samples, json.loads(json.dumps(info, default=str)))
+            labels["entropy"].values[order].astype(float), np.asarray(labels["peak_channel"].values)[order], units, templates, n_averaged, rate, n_samples, json.loads(json.dumps(info, default=str)), learned)
 
 # %% ../nbs/12_scale.ipynb #2d316a68
 def templates_of(
@@ -431,6 +435,7 @@ class Merged(NamedTuple):
     units: xr.Dataset       # over `unit`: main_channel, x, y, neighbourhood, n_spikes, members, log_odds of the weakest link
     templates: list         # per unit: DataArray (time, channel) on the channels of its neighbourhood
     info: list              # per neighbourhood: what its job reported
+    members: list = []      # per unit: (neighbourhood, unit there) of each that was joined in it
     timings: dict = {}      # stage -> wall and CPU seconds; of the jobs' own stages, summed over the neighbourhoods
 
 # %% ../nbs/12_scale.ipynb #65128cba
@@ -520,7 +525,8 @@ def merge(
         probability=("spike", p[order].astype(float)), entropy=("spike", h[order].astype(float)), peak_channel=("spike", c[order].astype(channel_type))))
     names = ("main_channel", "x", "y", "neighbourhood", "n_spikes", "members", "log_odds")
     units = xr.Dataset({k: ("unit", np.array([row[i] for row in table])) for i, k in enumerate(names)} if table else {k: ("unit", np.zeros(0)) for k in names}, coords=dict(unit=np.arange(len(table))))
-    return Merged(labels, units, templates, [f.info for f in found])
+    members = [[(found[i].neighbourhood.index, int(found[i].units[r])) for i, r in g] for _, g in chosen]
+    return Merged(labels, units, templates, [f.info for f in found], members)
 
 # %% ../nbs/12_scale.ipynb #b5d0f961
 class LastTask(NamedTuple):
@@ -532,6 +538,7 @@ class LastTask(NamedTuple):
     main_channel: list     # (unit,) channel id
     n_spikes: np.ndarray   # (unit,) spikes found so far
     sample_index: list     # per unit (spike,) times of some of its spikes, sorted
+    learned: list          # per unit: the rows of `Found.learned` that are of it, or {} if the neighbourhood did not find it
 
 # %% ../nbs/12_scale.ipynb #a31d346b
 def last_tasks(
@@ -540,6 +547,7 @@ def last_tasks(
     most=200, # spikes of a unit that its template is made of
     least=3., # noise sd; a unit reaches a channel where its mean waveform exceeds this
     seed=0, # of everything random
+    found=(), # results of the neighbourhoods, for what they have learned
 )->list: # of LastTask, one per neighbourhood
     "What each neighbourhood must know of the joined units."
     z, t, sure = merged.labels.values, merged.labels["sample_index"].values, merged.labels["probability"].values
@@ -553,10 +561,17 @@ def last_tasks(
         some.append(np.sort(t[rows]))
         seen = np.asarray(template.channel.values)[np.abs(template.values).max(0) > least].tolist()
         for c in {main[u], *seen}: reaches.setdefault(c, []).append(u)
+    here = {(p, u): unit for unit, group in enumerate(merged.members) for p, u in group}
+    learned = {}
+    for f in found:
+        for u in f.units.tolist() if f.learned else ():
+            rows = np.flatnonzero(f.learned["unit"] == u)
+            if len(rows): learned.setdefault((f.neighbourhood.index, here.get((f.neighbourhood.index, u))), {k: v[rows] for k, v in f.learned.items()})
     tasks = []
     for p in parts:
         units = np.array(sorted({u for c in p.channels for u in reaches.get(c, ())}), int)
-        tasks.append(LastTask(p.index, p, units, merged.units["neighbourhood"].values[units] == p.index, [main[u] for u in units], np.diff(edges)[units], [some[u] for u in units]))
+        tasks.append(LastTask(p.index, p, units, merged.units["neighbourhood"].values[units] == p.index, [main[u] for u in units], np.diff(edges)[units], [some[u] for u in units],
+            [learned.get((p.index, int(u)), {}) for u in units]))
     return tasks
 
 # %% ../nbs/12_scale.ipynb #83f75d4e
@@ -582,7 +597,7 @@ def after_last_pass(
         f, old = held[u], merged.templates[u]
         mean = f.templates[np.flatnonzero(f.units == u)[0]]
         templates.append(xr.DataArray(mean, dims=("time", "channel"), coords=dict(time=(np.arange(len(mean)) - len(mean) // 2) / f.sampling_rate * 1000, channel=list(f.neighbourhood.channels))))
-    return Merged(labels, units, templates, merged.info, merged.timings)
+    return Merged(labels, units, templates, merged.info, [merged.members[u] for u in kept] if merged.members else [], merged.timings)
 
 # %% ../nbs/12_scale.ipynb #4a623f69
 def sort_in_parts(
@@ -628,7 +643,7 @@ def sort_in_parts(
         timings["joining"] = dict(wall=round(time.perf_counter() - t0, 3), cpu=round(time.process_time() - c0, 3))
         if last is None or not merged.units.sizes["unit"]: return merged
         t0 = time.perf_counter()
-        again = run_jobs(last(travels, seed, **options), last_tasks(merged, parts, seed=seed), folder=None if folder is None else Path(folder)/"last_pass", name="last pass", **how)
+        again = run_jobs(last(travels, seed, **options), last_tasks(merged, parts, seed=seed, found=found), folder=None if folder is None else Path(folder)/"last_pass", name="last pass", **how)
         _add_times(timings, "last pass", t0, [f.info for f in again])
         return after_last_pass(merged, again)
 

@@ -1126,10 +1126,12 @@ class Sort:
         timings=None, # stage -> wall and cpu seconds
         fits=None, # of every area; of parts: one per neighbourhood, if a folder was given to keep them
         neighbourhoods=None, # what each neighbourhood's job reported, if it was sorted in parts
+        learned=None, # what a last pass over several neighbourhoods may use: dict of arrays (template, ...): template, in whitened space, n_spikes, unit
     ):
         self.labels, self.waveforms, self.features, self.recording = labels, waveforms, features, recording
         self.fit, self.fits = fit, [f for f in [fit] if f is not None] if fits is None else fits
         self.settings, self.timings, self.neighbourhoods = settings or {}, timings or {}, neighbourhoods or []
+        self.learned = learned or {}
 
     @property
     def probability(self): return self.labels["probability"]
@@ -1218,7 +1220,8 @@ def sort(
             channel=("feature", np.full(features.shape[1], -1)), latent=("feature", np.arange(features.shape[1])), sample_index=("spike", _nearest(labels["sample_index"].values, peaks.sample_index[rows], int(1e-3 * rate)))))
         if "observed_data" in fit.children: fit["observed_data"] = fit["observed_data"].to_dataset().assign_coords(sample_index=x["sample_index"])
     finally: stages.end()
-    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits])
+    learned = dict(template=bank.templates.transpose(0, 2, 1), n_spikes=matched.counts, unit=_unit_numbers(bank, standard.get_channel_locations()))
+    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits], learned=learned)
 
 # %% ../nbs/13_sort.ipynb #f55e046b
 def _nearest(known, wanted, within):
@@ -1230,18 +1233,19 @@ def _nearest(known, wanted, within):
     return np.where(np.abs(best - wanted) <= within, best, wanted)
 
 # %% ../nbs/13_sort.ipynb #3ab45043
+def _unit_numbers(bank, xy):
+    "Number of each template's unit: by depth of the unit's main channel, then size."
+    main, size, ids = (bank.templates**2).sum(2).argmax(1), np.sqrt((bank.templates**2).sum((1, 2))), np.unique(bank.unit)
+    first = [np.flatnonzero(bank.unit == u)[size[bank.unit == u].argmax()] for u in ids]
+    order = sorted(range(len(ids)), key=lambda i: (*(-xy[main[first[i]]][::-1]).round(3).tolist(), -size[first[i]]))
+    name = np.empty(len(ids), int); name[order] = np.arange(len(ids))
+    return name[np.searchsorted(ids, bank.unit)] if len(ids) else np.zeros(0, int)
+
 def _labels(standard, white, matched, bank, left, rate):
     "The labels of all spikes by time: units numbered by depth of their main channel, then size; spikes of no unit -1."
     import xarray as xr
     off = _trough(standard, matched, bank)
-    main = (bank.templates**2).sum(2).argmax(1)
-    ids = np.unique(bank.unit)
-    xy = standard.get_channel_locations()
-    size = np.sqrt((bank.templates**2).sum((1, 2)))
-    first = [np.flatnonzero(bank.unit == u)[size[bank.unit == u].argmax()] for u in ids]
-    order = sorted(range(len(ids)), key=lambda i: (*(-xy[main[first[i]]][::-1]).round(3).tolist(), -size[first[i]]))
-    name = np.empty(len(ids), int); name[order] = np.arange(len(ids))
-    unit_of = name[np.searchsorted(ids, bank.unit)] if len(ids) else np.zeros(0, int)
+    main, unit_of = (bank.templates**2).sum(2).argmax(1), _unit_numbers(bank, standard.get_channel_locations())
     t, z = matched.start + off[matched.template], unit_of[matched.template]
     p, h, c = matched.probability.astype(float), matched.entropy.astype(float), main[matched.template]
     if left is not None and len(left[0].sample_index):
@@ -1297,12 +1301,13 @@ def _none(w, shifted, energy, where, reach, precision, log_prior):
 def _mean_spike(recording, times, half, steps=8, pad=8):
     "Mean window of spikes at times that are only known to the sample: each is moved to where it agrees best with the mean."
     w = cut_at(recording, times, np.zeros(len(times)), half + pad, half + pad)
-    spectrum, turn = np.fft.rfft(w, axis=1), 2j * np.pi * np.fft.rfftfreq(w.shape[1])
-    lags, mean = np.arange(-steps, steps + 1) / steps, np.median(w, 0)
+    from scipy import fft
+    spectrum, turn = fft.rfft(w, axis=1), 2j * np.pi * np.fft.rfftfreq(w.shape[1])
+    lags, mean = np.arange(-steps, steps + 1) / steps, np.median(w[::max(1, len(w) // 100)], 0)
     for _ in range(2):
-        cross = (spectrum * np.fft.rfft(mean, axis=0).conj()).sum(2)
+        cross = np.einsum("nfc,fc->nf", spectrum, fft.rfft(mean, axis=0).conj())
         best = lags[(cross @ np.exp(turn[:, None] * lags)).real.argmax(1)]
-        moved = np.fft.irfft(spectrum * np.exp(turn * best[:, None])[:, :, None], w.shape[1], axis=1)
+        moved = fft.irfft(spectrum * np.exp(turn * best[:, None])[:, :, None].astype("complex64"), w.shape[1], axis=1)
         mean = _template(moved, np.inf)
     return mean[pad:-pad].astype("float32")
 
@@ -1341,12 +1346,7 @@ class LastPass:
             white = hold(decorrelate(standard, whitening_filter(standard, seed=seed)), memory=o["memory"] / 2, n_jobs=o["n_jobs"])
             shapes = learn_shapes(white, seed=seed)
             stages.begin("templates")
-            wide = int(.003 * rate)
-            inside = [t[(t > 2 * wide) & (t < n_total - 2 * wide)] for t in task.sample_index]
-            known = np.array([i for i, t in enumerate(inside) if len(t)], int)
-            templates, counts = np.stack([_mean_spike(white, inside[i], wide) for i in known]), np.array([len(inside[i]) for i in known])
-            before = _window(templates, counts, rate, wide)
-            units = _Units(templates[:, wide - before:wide + before + 1], known, task.n_spikes[known].astype(float), np.ones(len(known), bool))
+            units, before = self._units(white, task, rate, n_total)
             stages.begin("match")
             bank = _bank(units, before, rate, n_total / rate)
             matched = match(white, bank, sweeps=1, n_jobs=o["n_jobs"])
@@ -1374,6 +1374,18 @@ class LastPass:
             _, mean, n = templates_of(standard, labels, seed=seed)
         finally: stages.end()
         return self._found(task, columns, mean, n, rate, n_total, t0, c0, stages.times)
+
+    def _units(self, white, task, rate, n_total):
+        "Templates of the task's units, and their samples before the spike: those that this neighbourhood learned itself, and mean spikes of the others."
+        wide = int(.003 * rate)
+        own = [(i, l["template"], l["n_spikes"]) for i, l in enumerate(task.learned) if l]
+        inside = {i: t[(t > 2 * wide) & (t < n_total - 2 * wide)] for i, t in enumerate(task.sample_index) if not task.learned[i]}
+        others = [(i, _mean_spike(white, t, wide)[None], task.n_spikes[[i]]) for i, t in inside.items() if len(t)]
+        if own: before = own[0][1].shape[1] // 2
+        else: before = _window(np.concatenate([t for _, t, _ in others]), np.array([len(inside[i]) for i, *_ in others]), rate, wide)
+        all_ = own + [(i, t[:, wide - before:wide + before + 1], n) for i, t, n in others]
+        unit = np.concatenate([np.full(len(t), i) for i, t, _ in all_])
+        return _Units(np.concatenate([t for _, t, _ in all_]), unit, np.concatenate([n for *_, n in all_]).astype(float), np.ones(len(unit), bool)), before
 
     def _found(self, task, columns, mean, n, rate, n_total, t0, c0, times):
         "Rows of the task's units as numbers of the joined ones."

@@ -255,10 +255,17 @@ def templates_of(
     for u in units:
         rows = np.flatnonzero((z == u) & (t >= w) & (t + w < n))
         picks.append(np.sort(rng.choice(rows, most, replace=False)) if len(rows) > most else rows)
-    out = np.zeros((len(units), 2 * w + 1, recording.get_num_channels()), "float32")
-    for i, rows in enumerate(picks):
-        if len(rows): out[i] = cut(recording, t[rows], labels["peak_channel"].values[rows], before=w, after=w, align=False, clear=False, memory=np.inf).values.mean(0)
-    return units, out, np.array([len(r) for r in picks], "int64")
+    out, counts = np.zeros((len(units), 2 * w + 1, recording.get_num_channels()), "float32"), np.array([len(r) for r in picks], "int64")
+    when, of = t[np.concatenate([np.zeros(0, int), *picks])], np.repeat(np.arange(len(units)), counts)
+    size = max(1, int(5 * rate))
+    for a in range(0, n if len(when) else 0, size):      # a few seconds of the recording at a time, for all units
+        now = np.flatnonzero((when >= a) & (when < a + size))
+        if not len(now): continue
+        first = int(when[now].min()) - w
+        x = recording.get_traces(start_frame=first, end_frame=int(when[now].max()) + w + 1)
+        for u in np.unique(of[now]): out[u] += x[(when[now[of[now] == u]] - w - first)[:, None] + np.arange(2 * w + 1)].sum(0)
+    out /= np.maximum(counts, 1)[:, None, None].astype("float32")
+    return units, out, counts
 
 # %% ../nbs/12_scale.ipynb #af07e3f4
 class JobFailed(RuntimeError):

@@ -42,7 +42,7 @@ class Neighbourhood(NamedTuple):
 def neighbourhoods(
     probe, # SpikeInterface recording, `probeinterface.Probe`, or positions (channel, 2) in µm
     radius=60., # µm around its own channels that a neighbourhood also reads
-    size=16, # most channels that one neighbourhood owns
+    size=24, # most channels that one neighbourhood owns
 )->list: # of Neighbourhood
     """Overlapping neighbourhoods that together own every channel once.
 
@@ -613,7 +613,7 @@ def sort_in_parts(
     seed=0, # of everything random
     *,
     radius=60., # µm, of `neighbourhoods`
-    size=16, # channels owned, of `neighbourhoods`
+    size=24, # channels owned, of `neighbourhoods`
     where="serial", # of `run_jobs`: "serial", "threads", "processes", a Dask client
     n_workers=None, # of `run_jobs`
     folder=None, # keep finished neighbourhoods here, and go on from them

@@ -1365,7 +1365,7 @@ class LastPass:
                 np.r_[np.clip(matched.probability[mine].astype(float), 0, 1), q], np.r_[np.maximum(matched.entropy[mine].astype(float), 0), -q * np.log(q) - (1 - q) * np.log(1 - q)],
                 np.array(ids)[np.r_[mains[z[mine]], peaks.channel[lone]]]]
             keep = (columns[0] >= 0) & (columns[0] < n_total)
-            few = [i for i in own if (columns[1] == i).sum() < 1]
+            few = [i for i in own if (columns[1] == i).sum() < o["fewest"]]
             keep &= ~np.isin(columns[1], few)
             order = np.lexsort((columns[1], columns[0])); order = order[keep[order]]
             columns = [c[order] for c in columns]
@@ -1407,7 +1407,7 @@ def sort_by_neighbourhoods(
     seed=0, # of everything random
     *,
     radius=60., # µm around its own channels that a neighbourhood also reads
-    size=16, # most channels that a neighbourhood owns
+    size=24, # most channels that a neighbourhood owns
     where="serial", # "serial", "threads", "processes", or a `dask.distributed.Client`; the result does not depend on it
     n_workers=None, # threads or processes
     folder=None, # keep finished neighbourhoods and their fits here, and go on from them
@@ -1630,7 +1630,7 @@ def _parser():
     s.add_argument("--dtype", metavar="T", help="sample type of a flat binary file (default int16)")
     s.add_argument("--channels", type=int, metavar="N", help="number of channels of a flat binary file; not needed with --geometry")
     s.add_argument("--in-parts", choices=("auto", "yes", "no"), default="auto", help=f"sort overlapping neighbourhoods of channels one by one, --jobs at a time, and join their units (default: above {WHOLE} channels)")
-    s.add_argument("--size", type=int, default=16, help="most channels that a neighbourhood owns (default 16)")
+    s.add_argument("--size", type=int, default=24, help="most channels that a neighbourhood owns (default 24)")
     s.add_argument("--radius", type=float, default=60., help="µm around its own channels that a neighbourhood also reads (default 60)")
     s.add_argument("--memory", type=float, default=4., metavar="GB", help="for traces and waveforms, of each job (default 4)")
     s.add_argument("--neighbourhood", type=int, metavar="I", help="sort only share I of the neighbourhoods, counted from 0, into DIR: those with number I, I + N, I + 2N, ...; `spike-ppl merge DIR` joins all shares")
@@ -1751,7 +1751,7 @@ def _share_command(arguments, index):
     "The command of one share."
     import shlex
     flags = dict(geometry="--geometry", sampling_rate="--sampling-rate", dtype="--dtype", n_channels="--channels", model="--model", method="--method", seed="--seed", threshold="--threshold", size="--size", radius="--radius", memory="--memory")
-    usual = dict(method="vb", seed=0, threshold=8., size=16, radius=60., memory=4.)
+    usual = dict(method="vb", seed=0, threshold=8., size=24, radius=60., memory=4.)
     given = [w for k, f in flags.items() if arguments.get(k) is not None and arguments[k] != usual.get(k) for w in (f, f"{arguments[k]:g}" if isinstance(arguments[k], float) else str(arguments[k]))]
     return shlex.join(["spike-ppl", "sort", arguments["recording"], *given, "--neighbourhood", str(index), "--of", str(arguments["of"]), "-o", arguments["output"]])
 
@@ -1828,7 +1828,7 @@ def _sorter():
         requires_locations = True
         compatible_with_parallel = {"loky": True, "multiprocessing": True, "threading": True}
         _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, fewest=25, smallest=6., n_jobs=1,
-            in_parts=None, size=16, radius=60.)
+            in_parts=None, size=24, radius=60.)
         _params_description = dict(model="name of a model of spike_ppl.models; None: a Dirichlet-process mixture with an outlier component", method="inference: vb, gibbs, nuts or advi",
             seed="of everything random", threshold="of the spikes' energy, in sd of the noise's", freq_min="lower edge of the band, Hz", freq_max="upper edge, Hz; None: 0.45 x sampling rate",
             truncation="most units that the mixture of all spikes may have", rounds="of matching and looking again", fewest="spikes that a unit must have",

@@ -1082,6 +1082,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spike_ppl.scale._netcdf': ('scale.html#_netcdf', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._on_client': ('scale.html#_on_client', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._one': ('scale.html#_one', 'spike_ppl/scale.py'),
+                                 'spike_ppl.scale._peak_memory': ('scale.html#_peak_memory', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._run': ('scale.html#_run', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._use': ('scale.html#_use', 'spike_ppl/scale.py'),
                                  'spike_ppl.scale._write_whole': ('scale.html#_write_whole', 'spike_ppl/scale.py'),

@@ -20,7 +20,7 @@ __all__ = ['model_lock', 'Neighbourhood', 'neighbourhoods', 'Found', 'save_found
            'MissingParts', 'portable', 'job_key']
 
 # %% ../nbs/12_scale.ipynb #54d3f4da
-import json, os, shutil, tempfile, threading, time, uuid
+import json, os, shutil, sys, tempfile, threading, time, uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,10 +195,16 @@ def _clock():
     "CPU seconds of this process, or of this thread where it is one of several."
     return time.process_time() if threading.current_thread() is threading.main_thread() else time.thread_time()
 
+def _peak_memory():
+    "Largest memory of this process so far, bytes."
+    try: return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):      # not Linux; there `ru_maxrss` would begin with what the process that started this one had taken
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 def _use(since, clock, **more):
     "Wall and CPU seconds since then, and the largest memory of the process so far."
-    import resource
-    return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **more)
+    return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=_peak_memory(), **more)
 
 # %% ../nbs/12_scale.ipynb #1c24e9b6
 class PartJob:

@@ -20,7 +20,7 @@ __all__ = ['model_lock', 'Neighbourhood', 'neighbourhoods', 'Found', 'save_found
            'MissingParts', 'portable', 'job_key']
 
 # %% ../nbs/12_scale.ipynb #54d3f4da
-import json, os, shutil, tempfile, threading, time, uuid
+import json, os, shutil, sys, tempfile, threading, time, uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Neighbourhood(NamedTuple):
 def neighbourhoods(
     probe, # SpikeInterface recording, `probeinterface.Probe`, or positions (channel, 2) in µm
     radius=60., # µm around its own channels that a neighbourhood also reads
-    size=16, # most channels that one neighbourhood owns
+    size=24, # most channels that one neighbourhood owns
 )->list: # of Neighbourhood
     """Overlapping neighbourhoods that together own every channel once.
 
@@ -86,6 +86,7 @@ class Found(NamedTuple):
     sampling_rate: float
     n_samples: int
     info: dict                # times, memory, what the job was
+    learned: dict = {}        # what a last pass may use, by name: arrays (template, ...), and `unit` (template,): the unit of each
 
 # %% ../nbs/12_scale.ipynb #abbb8e7a
 def save_found(
@@ -95,6 +96,7 @@ def save_found(
     "Write a job's result, whole or not at all; returns the path."
     arrays = {k: getattr(found, k) for k in ("sample_index", "unit", "probability", "entropy", "peak_channel", "units", "templates", "n_averaged")}
     arrays |= dict(own=np.array(found.neighbourhood.own), channels=np.array(found.neighbourhood.channels))
+    arrays |= {f"learned_{k}": v for k, v in found.learned.items()}
     text = json.dumps(dict(index=found.neighbourhood.index, sampling_rate=found.sampling_rate, n_samples=found.n_samples, info=found.info))
     return _write_whole(path, lambda f: np.savez(f, text=np.array(text), **arrays))
 
@@ -127,7 +129,8 @@ def load_found(
     with np.load(path, allow_pickle=False) as held:
         text = json.loads(str(held["text"]))
         where = Neighbourhood(text["index"], tuple(held["own"].tolist()), tuple(held["channels"].tolist()))
-        return Found(where, *(held[k] for k in ("sample_index", "unit", "probability", "entropy", "peak_channel", "units", "templates", "n_averaged")), text["sampling_rate"], text["n_samples"], text["info"])
+        return Found(where, *(held[k] for k in ("sample_index", "unit", "probability", "entropy", "peak_channel", "units", "templates", "n_averaged")), text["sampling_rate"], text["n_samples"], text["info"],
+            {k.removeprefix("learned_"): held[k] for k in held.files if k.startswith("learned_")})
 
 # %% ../nbs/12_scale.ipynb #c1879fa6
 class Labelled(NamedTuple):
@@ -192,10 +195,16 @@ def _clock():
     "CPU seconds of this process, or of this thread where it is one of several."
     return time.process_time() if threading.current_thread() is threading.main_thread() else time.thread_time()
 
+def _peak_memory():
+    "Largest memory of this process so far, bytes."
+    try: return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):      # not Linux; there `ru_maxrss` would begin with what the process that started this one had taken
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 def _use(since, clock, **more):
     "Wall and CPU seconds since then, and the largest memory of the process so far."
-    import resource
-    return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **more)
+    return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=_peak_memory(), **more)
 
 # %% ../nbs/12_scale.ipynb #1c24e9b6
 class PartJob:
@@ -232,8 +241,9 @@ class PartJob:
         if self.fits and fit is not None: _write_whole(Path(self.fits)/f"part_{part.index:05d}.nc", lambda f: f.write(_netcdf(fit)))
         order = np.argsort(labels["sample_index"].values, kind="stable")
         info = _use(t0, c0, neighbourhood=part.index, channels=len(part.channels), spikes=int(labels.size), units=len(units), timings=getattr(result, "timings", None) or {})
+        learned = getattr(result, "learned", None) or {} if self.last else {}
         return Found(part, labels["sample_index"].values[order].astype("int64"), labels.values[order].astype("int64"), labels["probability"].values[order].astype(float),
-            labels["entropy"].values[order].astype(float), np.asarray(labels["peak_channel"].values)[order], units, templates, n_averaged, rate, n_samples, json.loads(json.dumps(info, default=str)))
+            labels["entropy"].values[order].astype(float), np.asarray(labels["peak_channel"].values)[order], units, templates, n_averaged, rate, n_samples, json.loads(json.dumps(info, default=str)), learned)
 
 # %% ../nbs/12_scale.ipynb #2d316a68
 def templates_of(
@@ -251,10 +261,17 @@ def templates_of(
     for u in units:
         rows = np.flatnonzero((z == u) & (t >= w) & (t + w < n))
         picks.append(np.sort(rng.choice(rows, most, replace=False)) if len(rows) > most else rows)
-    out = np.zeros((len(units), 2 * w + 1, recording.get_num_channels()), "float32")
-    for i, rows in enumerate(picks):
-        if len(rows): out[i] = cut(recording, t[rows], labels["peak_channel"].values[rows], before=w, after=w, align=False, clear=False, memory=np.inf).values.mean(0)
-    return units, out, np.array([len(r) for r in picks], "int64")
+    out, counts = np.zeros((len(units), 2 * w + 1, recording.get_num_channels()), "float32"), np.array([len(r) for r in picks], "int64")
+    when, of = t[np.concatenate([np.zeros(0, int), *picks])], np.repeat(np.arange(len(units)), counts)
+    size = max(1, int(5 * rate))
+    for a in range(0, n if len(when) else 0, size):      # a few seconds of the recording at a time, for all units
+        now = np.flatnonzero((when >= a) & (when < a + size))
+        if not len(now): continue
+        first = int(when[now].min()) - w
+        x = recording.get_traces(start_frame=first, end_frame=int(when[now].max()) + w + 1)
+        for u in np.unique(of[now]): out[u] += x[(when[now[of[now] == u]] - w - first)[:, None] + np.arange(2 * w + 1)].sum(0)
+    out /= np.maximum(counts, 1)[:, None, None].astype("float32")
+    return units, out, counts
 
 # %% ../nbs/12_scale.ipynb #af07e3f4
 class JobFailed(RuntimeError):
@@ -431,6 +448,7 @@ class Merged(NamedTuple):
     units: xr.Dataset       # over `unit`: main_channel, x, y, neighbourhood, n_spikes, members, log_odds of the weakest link
     templates: list         # per unit: DataArray (time, channel) on the channels of its neighbourhood
     info: list              # per neighbourhood: what its job reported
+    members: list = []      # per unit: (neighbourhood, unit there) of each that was joined in it
     timings: dict = {}      # stage -> wall and CPU seconds; of the jobs' own stages, summed over the neighbourhoods
 
 # %% ../nbs/12_scale.ipynb #65128cba
@@ -520,7 +538,8 @@ def merge(
         probability=("spike", p[order].astype(float)), entropy=("spike", h[order].astype(float)), peak_channel=("spike", c[order].astype(channel_type))))
     names = ("main_channel", "x", "y", "neighbourhood", "n_spikes", "members", "log_odds")
     units = xr.Dataset({k: ("unit", np.array([row[i] for row in table])) for i, k in enumerate(names)} if table else {k: ("unit", np.zeros(0)) for k in names}, coords=dict(unit=np.arange(len(table))))
-    return Merged(labels, units, templates, [f.info for f in found])
+    members = [[(found[i].neighbourhood.index, int(found[i].units[r])) for i, r in g] for _, g in chosen]
+    return Merged(labels, units, templates, [f.info for f in found], members)
 
 # %% ../nbs/12_scale.ipynb #b5d0f961
 class LastTask(NamedTuple):
@@ -532,6 +551,7 @@ class LastTask(NamedTuple):
     main_channel: list     # (unit,) channel id
     n_spikes: np.ndarray   # (unit,) spikes found so far
     sample_index: list     # per unit (spike,) times of some of its spikes, sorted
+    learned: list          # per unit: the rows of `Found.learned` that are of it, or {} if the neighbourhood did not find it
 
 # %% ../nbs/12_scale.ipynb #a31d346b
 def last_tasks(
@@ -540,6 +560,7 @@ def last_tasks(
     most=200, # spikes of a unit that its template is made of
     least=3., # noise sd; a unit reaches a channel where its mean waveform exceeds this
     seed=0, # of everything random
+    found=(), # results of the neighbourhoods, for what they have learned
 )->list: # of LastTask, one per neighbourhood
     "What each neighbourhood must know of the joined units."
     z, t, sure = merged.labels.values, merged.labels["sample_index"].values, merged.labels["probability"].values
@@ -553,10 +574,17 @@ def last_tasks(
         some.append(np.sort(t[rows]))
         seen = np.asarray(template.channel.values)[np.abs(template.values).max(0) > least].tolist()
         for c in {main[u], *seen}: reaches.setdefault(c, []).append(u)
+    here = {(p, u): unit for unit, group in enumerate(merged.members) for p, u in group}
+    learned = {}
+    for f in found:
+        for u in f.units.tolist() if f.learned else ():
+            rows = np.flatnonzero(f.learned["unit"] == u)
+            if len(rows): learned.setdefault((f.neighbourhood.index, here.get((f.neighbourhood.index, u))), {k: v[rows] for k, v in f.learned.items()})
     tasks = []
     for p in parts:
         units = np.array(sorted({u for c in p.channels for u in reaches.get(c, ())}), int)
-        tasks.append(LastTask(p.index, p, units, merged.units["neighbourhood"].values[units] == p.index, [main[u] for u in units], np.diff(edges)[units], [some[u] for u in units]))
+        tasks.append(LastTask(p.index, p, units, merged.units["neighbourhood"].values[units] == p.index, [main[u] for u in units], np.diff(edges)[units], [some[u] for u in units],
+            [learned.get((p.index, int(u)), {}) for u in units]))
     return tasks
 
 # %% ../nbs/12_scale.ipynb #83f75d4e
@@ -582,7 +610,7 @@ def after_last_pass(
         f, old = held[u], merged.templates[u]
         mean = f.templates[np.flatnonzero(f.units == u)[0]]
         templates.append(xr.DataArray(mean, dims=("time", "channel"), coords=dict(time=(np.arange(len(mean)) - len(mean) // 2) / f.sampling_rate * 1000, channel=list(f.neighbourhood.channels))))
-    return Merged(labels, units, templates, merged.info, merged.timings)
+    return Merged(labels, units, templates, merged.info, [merged.members[u] for u in kept] if merged.members else [], merged.timings)
 
 # %% ../nbs/12_scale.ipynb #4a623f69
 def sort_in_parts(
@@ -591,7 +619,7 @@ def sort_in_parts(
     seed=0, # of everything random
     *,
     radius=60., # µm, of `neighbourhoods`
-    size=16, # channels owned, of `neighbourhoods`
+    size=24, # channels owned, of `neighbourhoods`
     where="serial", # of `run_jobs`: "serial", "threads", "processes", a Dask client
     n_workers=None, # of `run_jobs`
     folder=None, # keep finished neighbourhoods here, and go on from them
@@ -628,7 +656,7 @@ def sort_in_parts(
         timings["joining"] = dict(wall=round(time.perf_counter() - t0, 3), cpu=round(time.process_time() - c0, 3))
         if last is None or not merged.units.sizes["unit"]: return merged
         t0 = time.perf_counter()
-        again = run_jobs(last(travels, seed, **options), last_tasks(merged, parts, seed=seed), folder=None if folder is None else Path(folder)/"last_pass", name="last pass", **how)
+        again = run_jobs(last(travels, seed, **options), last_tasks(merged, parts, seed=seed, found=found), folder=None if folder is None else Path(folder)/"last_pass", name="last pass", **how)
         _add_times(timings, "last pass", t0, [f.info for f in again])
         return after_last_pass(merged, again)
 

@@ -55,6 +55,7 @@ def whitening_filter(
     lags = max(4, int(reach * 1e-3 * rate))
     piece, guard = 4 * lags, int(1e-3 * rate)
     pieces = {}
+    from scipy import fft
     for start, stop in _stretches(n_samples, int(rate), max(1, int(seconds)), seed):
         x = np.asarray(recording.get_traces(start_frame=start, end_frame=stop), "float32")
         for level in (threshold, 1.5 * threshold, np.inf):
@@ -64,8 +65,8 @@ def whitening_filter(
     level = next((l for l in pieces if len(pieces[l]) * piece > 20 * recording.get_num_channels() * lags), np.inf)
     x = np.stack(pieces[level]) if pieces[level] else None
     if x is None: raise RecordingError(f"The recording has {n_samples} samples; its noise cannot be estimated from less than {piece} ({piece / rate * 1e3:.0f} ms).")
-    spectrum = np.fft.rfft(x, 2 * piece, axis=1)
-    power = np.einsum("nfc,nfd->fcd", spectrum.conj(), spectrum)
+    spectrum = fft.rfft(x, 2 * piece, axis=1)
+    power = np.matmul(spectrum.conj().transpose(1, 2, 0), spectrum.transpose(1, 0, 2))
     every = np.r_[-lags:lags + 1]
     covariance = np.fft.irfft(power, 2 * piece, axis=0)[every] / (len(x) * (piece - np.abs(every)))[:, None, None]
     size = 1 << int(np.ceil(np.log2(8 * lags)))
@@ -74,7 +75,7 @@ def whitening_filter(
     density = np.fft.rfft(ring, axis=0)
     values, vectors = np.linalg.eigh((density + density.conj().transpose(0, 2, 1)) / 2)
     values = np.maximum(values, floor * np.median(values))
-    response = np.einsum("fik,fk,fjk->fij", vectors, values**-.5, vectors.conj())
+    response = (vectors * values[:, None]**-.5) @ vectors.conj().transpose(0, 2, 1)
     half = int(1.25 * lags)
     taps = np.fft.irfft(response, size, axis=0)[np.r_[-half:half + 1]] * np.hanning(2 * half + 3)[1:-1, None, None]
     return taps.astype("float32")
@@ -434,8 +435,8 @@ def _dot(y, at, template, where, reach):
     s = np.float32(0)
     T = template.shape[1]
     for i in range(reach):
-        c = where[i]
-        for a in range(T): s += y[c, at + a] * template[c, a]
+        row, shape = y[where[i], at:at + T], template[where[i]]      # cut out first: an index that cannot be negative is one that vector instructions can follow
+        for a in range(T): s += row[a] * shape[a]
     return s
 
 @numba.njit(**_fast)
@@ -443,8 +444,8 @@ def _add(y, at, gain, template, where, reach):
     "Add gain x template to the traces."
     T = template.shape[1]
     for i in range(reach):
-        c = where[i]
-        for a in range(T): y[c, at + a] += gain * template[c, a]
+        row, shape = y[where[i], at:at + T], template[where[i]]
+        for a in range(T): row[a] += gain * shape[a]
 
 @numba.njit(**_fast)
 def _best(match, terms, precision, closed, t):
@@ -497,7 +498,8 @@ def _peel(y, match, shifted, middle, energy, cross, meets, where, reach, precisi
                 _add(y, t_best, -g, shifted[k, j_best], where[k], reach[k])
                 for other in range(K):
                     if meets[k, other]:
-                        for q in range(lo, hi): match[other, q] -= g * cross[k, j_best, other, q - t_best + T - 1]
+                        row, response = match[other, lo:hi], cross[k, j_best, other, lo - t_best + T - 1:]
+                        for q in range(hi - lo): row[q] -= g * response[q]
                 at.append(t_best); of.append(k); step.append(j_best); size.append(g)
                 found += 1
             for q in range(lo, hi): best[q], which[q] = _best(match, terms, precision, closed, q)
@@ -557,17 +559,25 @@ def _take_out(w, lo, own, start, template, step, gain, shifted):
                 for c in range(w.shape[2]): w[s, start[i] - lo[s] + a, c] -= gain[i] * shifted[template[i], step[i], c, a]
 
 # %% ../nbs/13_sort.ipynb #cab5aef0
+@numba.njit(**_fast)
+def _filtered_sum(block, channels, spectrum, out):
+    "Sum over a template's channels of transforms (channel, frequency) times its own, into `out` (frequency)."
+    out[:] = 0
+    for i in range(len(channels)):
+        a, b = block[channels[i]], spectrum[i]
+        for f in range(len(out)): out[f] += a[f] * b[f]
+
 def _products(x, bank, n):
     "Product of every template with the traces (time, channel) from each sample (template, time)."
     from scipy import fft
     T = bank.templates.shape[2]
     y = np.ascontiguousarray(x.T)
     out = np.empty((len(bank.templates), n), "float32")
-    step = BLOCK - T + 1
+    step, sums = BLOCK - T + 1, np.empty((len(out), BLOCK // 2 + 1), "complex64")
     for a in range(0, n, step):
         block = fft.rfft(y[:, a:a + BLOCK], BLOCK, axis=1)
         m = min(step, n - a)
-        sums = np.stack([np.einsum("cf,cf->f", block[c], spectrum) for c, spectrum in bank.spectra])
+        for k, (channels, spectrum) in enumerate(bank.spectra): _filtered_sum(block, channels, spectrum, sums[k])
         out[:, a:a + m] = fft.irfft(sums, BLOCK, axis=1)[:, :m]
     return out
 
@@ -761,7 +771,7 @@ def _residual_power(w, template):
 
 def _template(w, most=1.4):
     "Mean of the windows that are not outlying, or None if what they share is not all there is in them."
-    m = np.median(w[::max(1, len(w) // 300)], 0)   # of so many, the median is sure enough to tell who is outlying
+    m = np.median(w[::max(1, len(w) // 100)], 0)   # of so many, the median is sure enough to tell who is outlying
     _, left = _residual_power(w, m)
     middle = np.median(left)
     if middle > most: return None
@@ -1205,10 +1215,12 @@ class Sort:
         fits=None, # of every area; of parts: one per neighbourhood, if a folder was given to keep them
         neighbourhoods=None, # what each neighbourhood's job reported, if it was sorted in parts
         drift=None, # `Drift` of the tissue along the probe, if any was seen
+        learned=None, # what a last pass over several neighbourhoods may use: dict of arrays (template, ...): template, in whitened space, n_spikes, unit
     ):
         self.labels, self.waveforms, self.features, self.recording = labels, waveforms, features, recording
         self.fit, self.fits = fit, [f for f in [fit] if f is not None] if fits is None else fits
-        self.settings, self.timings, self.neighbourhoods, self.drift = settings or {}, timings or {}, neighbourhoods or [], drift
+        self.settings, self.timings, self.neighbourhoods = settings or {}, timings or {}, neighbourhoods or []
+        self.learned, self.drift = learned or {}, drift
 
     @property
     def probability(self): return self.labels["probability"]
@@ -1302,7 +1314,8 @@ def sort(
             channel=("feature", np.full(features.shape[1], -1)), latent=("feature", np.arange(features.shape[1])), sample_index=("spike", _nearest(labels["sample_index"].values, peaks.sample_index[rows], int(1e-3 * rate)))))
         if "observed_data" in fit.children: fit["observed_data"] = fit["observed_data"].to_dataset().assign_coords(sample_index=x["sample_index"])
     finally: stages.end()
-    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits], drift=drift)
+    learned = dict(template=bank.templates.transpose(0, 2, 1), n_spikes=matched.counts, unit=_unit_numbers(bank, standard.get_channel_locations()))
+    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits], learned=learned, drift=drift)
 
 # %% ../nbs/13_sort.ipynb #f55e046b
 def _nearest(known, wanted, within):
@@ -1314,18 +1327,19 @@ def _nearest(known, wanted, within):
     return np.where(np.abs(best - wanted) <= within, best, wanted)
 
 # %% ../nbs/13_sort.ipynb #3ab45043
+def _unit_numbers(bank, xy):
+    "Number of each template's unit: by depth of the unit's main channel, then size."
+    main, size, ids = (bank.templates**2).sum(2).argmax(1), np.sqrt((bank.templates**2).sum((1, 2))), np.unique(bank.unit)
+    first = [np.flatnonzero(bank.unit == u)[size[bank.unit == u].argmax()] for u in ids]
+    order = sorted(range(len(ids)), key=lambda i: (*(-xy[main[first[i]]][::-1]).round(3).tolist(), -size[first[i]]))
+    name = np.empty(len(ids), int); name[order] = np.arange(len(ids))
+    return name[np.searchsorted(ids, bank.unit)] if len(ids) else np.zeros(0, int)
+
 def _labels(standard, white, matched, bank, left, rate):
     "The labels of all spikes by time: units numbered by depth of their main channel, then size; spikes of no unit -1."
     import xarray as xr
     off = _trough(standard, matched, bank)
-    main = (bank.templates**2).sum(2).argmax(1)
-    ids = np.unique(bank.unit)
-    xy = standard.get_channel_locations()
-    size = np.sqrt((bank.templates**2).sum((1, 2)))
-    first = [np.flatnonzero(bank.unit == u)[size[bank.unit == u].argmax()] for u in ids]
-    order = sorted(range(len(ids)), key=lambda i: (*(-xy[main[first[i]]][::-1]).round(3).tolist(), -size[first[i]]))
-    name = np.empty(len(ids), int); name[order] = np.arange(len(ids))
-    unit_of = name[np.searchsorted(ids, bank.unit)] if len(ids) else np.zeros(0, int)
+    main, unit_of = (bank.templates**2).sum(2).argmax(1), _unit_numbers(bank, standard.get_channel_locations())
     t, z = matched.start + off[matched.template], unit_of[matched.template]
     p, h, c = matched.probability.astype(float), matched.entropy.astype(float), main[matched.template]
     if left is not None and len(left[0].sample_index):
@@ -1381,12 +1395,13 @@ def _none(w, shifted, energy, where, reach, precision, log_prior):
 def _mean_spike(recording, times, half, steps=8, pad=8):
     "Mean window of spikes at times that are only known to the sample: each is moved to where it agrees best with the mean."
     w = cut_at(recording, times, np.zeros(len(times)), half + pad, half + pad)
-    spectrum, turn = np.fft.rfft(w, axis=1), 2j * np.pi * np.fft.rfftfreq(w.shape[1])
-    lags, mean = np.arange(-steps, steps + 1) / steps, np.median(w, 0)
+    from scipy import fft
+    spectrum, turn = fft.rfft(w, axis=1), 2j * np.pi * np.fft.rfftfreq(w.shape[1])
+    lags, mean = np.arange(-steps, steps + 1) / steps, np.median(w[::max(1, len(w) // 100)], 0)
     for _ in range(2):
-        cross = (spectrum * np.fft.rfft(mean, axis=0).conj()).sum(2)
+        cross = np.einsum("nfc,fc->nf", spectrum, fft.rfft(mean, axis=0).conj())
         best = lags[(cross @ np.exp(turn[:, None] * lags)).real.argmax(1)]
-        moved = np.fft.irfft(spectrum * np.exp(turn * best[:, None])[:, :, None], w.shape[1], axis=1)
+        moved = fft.irfft(spectrum * np.exp(turn * best[:, None])[:, :, None].astype("complex64"), w.shape[1], axis=1)
         mean = _template(moved, np.inf)
     return mean[pad:-pad].astype("float32")
 
@@ -1425,12 +1440,7 @@ class LastPass:
             white = hold(decorrelate(standard, whitening_filter(standard, seed=seed)), memory=o["memory"] / 2, n_jobs=o["n_jobs"])
             shapes = learn_shapes(white, seed=seed)
             stages.begin("templates")
-            wide = int(.003 * rate)
-            inside = [t[(t > 2 * wide) & (t < n_total - 2 * wide)] for t in task.sample_index]
-            known = np.array([i for i, t in enumerate(inside) if len(t)], int)
-            templates, counts = np.stack([_mean_spike(white, inside[i], wide) for i in known]), np.array([len(inside[i]) for i in known])
-            before = _window(templates, counts, rate, wide)
-            units = _Units(templates[:, wide - before:wide + before + 1], known, task.n_spikes[known].astype(float), np.ones(len(known), bool))
+            units, before = self._units(white, task, rate, n_total)
             stages.begin("match")
             bank = _bank(units, before, rate, n_total / rate)
             matched = match(white, bank, sweeps=1, n_jobs=o["n_jobs"])
@@ -1449,7 +1459,7 @@ class LastPass:
                 np.r_[np.clip(matched.probability[mine].astype(float), 0, 1), q], np.r_[np.maximum(matched.entropy[mine].astype(float), 0), -q * np.log(q) - (1 - q) * np.log(1 - q)],
                 np.array(ids)[np.r_[mains[z[mine]], peaks.channel[lone]]]]
             keep = (columns[0] >= 0) & (columns[0] < n_total)
-            few = [i for i in own if (columns[1] == i).sum() < 1]
+            few = [i for i in own if (columns[1] == i).sum() < o["fewest"]]
             keep &= ~np.isin(columns[1], few)
             order = np.lexsort((columns[1], columns[0])); order = order[keep[order]]
             columns = [c[order] for c in columns]
@@ -1458,6 +1468,18 @@ class LastPass:
             _, mean, n = templates_of(standard, labels, seed=seed)
         finally: stages.end()
         return self._found(task, columns, mean, n, rate, n_total, t0, c0, stages.times)
+
+    def _units(self, white, task, rate, n_total):
+        "Templates of the task's units, and their samples before the spike: those that this neighbourhood learned itself, and mean spikes of the others."
+        wide = int(.003 * rate)
+        own = [(i, l["template"], l["n_spikes"]) for i, l in enumerate(task.learned) if l]
+        inside = {i: t[(t > 2 * wide) & (t < n_total - 2 * wide)] for i, t in enumerate(task.sample_index) if not task.learned[i]}
+        others = [(i, _mean_spike(white, t, wide)[None], task.n_spikes[[i]]) for i, t in inside.items() if len(t)]
+        if own: before = own[0][1].shape[1] // 2
+        else: before = _window(np.concatenate([t for _, t, _ in others]), np.array([len(inside[i]) for i, *_ in others]), rate, wide)
+        all_ = own + [(i, t[:, wide - before:wide + before + 1], n) for i, t, n in others]
+        unit = np.concatenate([np.full(len(t), i) for i, t, _ in all_])
+        return _Units(np.concatenate([t for _, t, _ in all_]), unit, np.concatenate([n for *_, n in all_]).astype(float), np.ones(len(unit), bool)), before
 
     def _found(self, task, columns, mean, n, rate, n_total, t0, c0, times):
         "Rows of the task's units as numbers of the joined ones."
@@ -1479,7 +1501,7 @@ def sort_by_neighbourhoods(
     seed=0, # of everything random
     *,
     radius=60., # µm around its own channels that a neighbourhood also reads
-    size=16, # most channels that a neighbourhood owns
+    size=24, # most channels that a neighbourhood owns
     where="serial", # "serial", "threads", "processes", or a `dask.distributed.Client`; the result does not depend on it
     n_workers=None, # threads or processes
     folder=None, # keep finished neighbourhoods and their fits here, and go on from them
@@ -1702,7 +1724,7 @@ def _parser():
     s.add_argument("--dtype", metavar="T", help="sample type of a flat binary file (default int16)")
     s.add_argument("--channels", type=int, metavar="N", help="number of channels of a flat binary file; not needed with --geometry")
     s.add_argument("--in-parts", choices=("auto", "yes", "no"), default="auto", help=f"sort overlapping neighbourhoods of channels one by one, --jobs at a time, and join their units (default: above {WHOLE} channels)")
-    s.add_argument("--size", type=int, default=16, help="most channels that a neighbourhood owns (default 16)")
+    s.add_argument("--size", type=int, default=24, help="most channels that a neighbourhood owns (default 24)")
     s.add_argument("--radius", type=float, default=60., help="µm around its own channels that a neighbourhood also reads (default 60)")
     s.add_argument("--memory", type=float, default=4., metavar="GB", help="for traces and waveforms, of each job (default 4)")
     s.add_argument("--neighbourhood", type=int, metavar="I", help="sort only share I of the neighbourhoods, counted from 0, into DIR: those with number I, I + N, I + 2N, ...; `spike-ppl merge DIR` joins all shares")
@@ -1823,7 +1845,7 @@ def _share_command(arguments, index):
     "The command of one share."
     import shlex
     flags = dict(geometry="--geometry", sampling_rate="--sampling-rate", dtype="--dtype", n_channels="--channels", model="--model", method="--method", seed="--seed", threshold="--threshold", size="--size", radius="--radius", memory="--memory")
-    usual = dict(method="vb", seed=0, threshold=8., size=16, radius=60., memory=4.)
+    usual = dict(method="vb", seed=0, threshold=8., size=24, radius=60., memory=4.)
     given = [w for k, f in flags.items() if arguments.get(k) is not None and arguments[k] != usual.get(k) for w in (f, f"{arguments[k]:g}" if isinstance(arguments[k], float) else str(arguments[k]))]
     return shlex.join(["spike-ppl", "sort", arguments["recording"], *given, "--neighbourhood", str(index), "--of", str(arguments["of"]), "-o", arguments["output"]])
 
@@ -1900,7 +1922,7 @@ def _sorter():
         requires_locations = True
         compatible_with_parallel = {"loky": True, "multiprocessing": True, "threading": True}
         _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, fewest=25, smallest=6., n_jobs=1,
-            in_parts=None, size=16, radius=60.)
+            in_parts=None, size=24, radius=60.)
         _params_description = dict(model="name of a model of spike_ppl.models; None: a Dirichlet-process mixture with an outlier component", method="inference: vb, gibbs, nuts or advi",
             seed="of everything random", threshold="of the spikes' energy, in sd of the noise's", freq_min="lower edge of the band, Hz", freq_max="upper edge, Hz; None: 0.45 x sampling rate",
             truncation="most units that the mixture of all spikes may have", rounds="of matching and looking again", fewest="spikes that a unit must have",

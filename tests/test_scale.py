@@ -93,6 +93,35 @@ def test_round_trip_and_resume(parts, marks, tmp_path):
     with pytest.raises(ValueError, match="expected 'serial'"): run_jobs(job, parts, "cluster", progressbar=False)
 
 
+def test_what_a_neighbourhood_has_learned_is_kept_and_handed_on(column, tmp_path):
+    "Its own templates of a joined unit go to it, under the unit's new number; another neighbourhood's do not."
+    xy, (a, b) = column
+    border = (xy[list(a.own), 1].max() + xy[list(b.own), 1].min()) / 2
+    up, down, mid = trains(3)
+    rows = lambda *units: dict(unit=np.array(units), template=np.arange(len(units) * 6., dtype="float32").reshape(-1, 3, 2), n_spikes=np.arange(len(units)))
+    found = [unit_found(0, a.own, a.channels, [down, mid], [10., border - 2], xy=xy)._replace(learned=rows(1, 0, 1)), unit_found(1, b.own, b.channels, [mid, up], [border + 2, 210.], xy=xy)._replace(learned=rows(0, 1))]
+    for f in found: save_found(f, tmp_path / f"{f.neighbourhood.index}.npz")
+    kept = [load_found(tmp_path / f"{i}.npz") for i in range(2)]
+    for f, k in zip(found, kept): assert f.learned.keys() == k.learned.keys() and all(np.array_equal(f.learned[n], k.learned[n]) for n in f.learned)
+    merged = merge(kept, xy)
+    joint = int(merged.units.unit[merged.units.members == 2].item())
+    assert merged.members[joint] == [(0, 1), (1, 0)] and sorted(len(m) for m in merged.members) == [1, 1, 2]
+    for task, f in zip(last_tasks(merged, [a, b], found=kept), found):
+        for u, learned in zip(task.units.tolist(), task.learned, strict=True):
+            here = [unit for part, unit in merged.members[u] if part == task.index]
+            if not here: assert learned == {}; continue
+            for name in ("template", "n_spikes"): assert np.array_equal(learned[name], f.learned[name][f.learned["unit"] == here[0]])
+    assert all(not any(t.learned) for t in last_tasks(merged, [a, b]))                        # nothing learned, nothing handed on
+
+
+def test_progress_of_the_whole_is_shown(parts, marks, capsys):
+    run_jobs(counting_job(marks), parts, progressbar=True, name="last pass")
+    said = capsys.readouterr().err
+    assert "last pass" in said and f"0/{len(parts)}" in said
+    run_jobs(counting_job(marks), parts, progressbar=False)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("where", ["threads", "processes"])
 def test_same_result_wherever_it_runs(parts, marks, where):
     job = counting_job(marks)
@@ -181,8 +210,9 @@ def cluster():
 def test_dask_cluster(parts, marks, cluster, tmp_path):
     "Any Client: the same result, kept where it was asked for; a killed worker costs one repetition; one that always dies ends the run with a message."
     expected = run_jobs(counting_job(marks), parts, progressbar=False)
-    same(expected, run_jobs(counting_job(marks), parts, cluster, folder=tmp_path / "k", progressbar=False))
+    same(expected, run_jobs(counting_job(marks), parts, cluster, folder=tmp_path / "k", progressbar=False, name="last pass"))
     assert len(list((tmp_path / "k").glob("part_*.npz"))) == len(parts)
+    assert "last pass" in cluster.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.task_prefixes))      # the name under which the dashboard shows them
     for f in marks.iterdir(): f.unlink()
     same(expected, run_jobs(counting_job(marks, die_at=2), parts, cluster, progressbar=False))
     assert runs(marks).count(2) == 2
@@ -596,16 +626,15 @@ def test_real_sorting_is_the_same_everywhere(counted, cluster, where):
 def test_memory_does_not_grow_with_the_recording(tmp_path):
     "Eight times the recording, with the same memory=: the worker's largest memory grows by less than a fourth of what the longer recording's traces take."
     program = """
-        import resource, sys, warnings
+        import sys, warnings
         warnings.simplefilter("ignore")
-        import numpy as np
-        from spike_ppl.recording import demo_recording, open_recording
-        from spike_ppl.scale import PartJob, neighbourhoods
+        from spike_ppl.recording import open_recording
+        from spike_ppl.scale import PartJob, _peak_memory, neighbourhoods
         from spike_ppl.sort import sort
         folder, seconds, memory = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
         recording = open_recording(f"{folder}/rec.bin", sampling_rate=20_000, geometry=f"{folder}/g.txt").frame_slice(0, seconds * 20_000)
         PartJob(recording, sort, memory=memory)(neighbourhoods(recording)[0])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(_peak_memory())          # `ru_maxrss` would begin with what the tests' own process has taken
         """
     from spike_ppl.recording import demo_recording
     recording, _ = demo_recording(seed=1, duration=240, n_units=6)

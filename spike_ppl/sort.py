@@ -994,16 +994,18 @@ def _all_clusters(recording, peaks, shapes, model, method, seed, truncation, bef
 
 # %% ../nbs/13_sort.ipynb #21637751
 def _echoes(matched, bank, rate, part=.5, within=.004, tolerance=.00025):
-    "Templates whose spikes mostly stand at one fixed lag from those of a larger template: what is left of it, not a neuron."
+    "Templates whose spikes mostly stand at one fixed lag from those of a larger unit: what is left of it, not a neuron."
     K, norm = matched.n_templates, np.sqrt((bank.templates**2).sum((1, 2)))
     times = [np.sort(matched.start[matched.template == k]) for k in range(K)]
+    units = np.unique(bank.unit)
+    of_unit, largest = [np.sort(matched.start[bank.unit[matched.template] == u]) for u in units], [norm[bank.unit == u].max() for u in units]
     reach, wide = int(within * rate), 2 * int(tolerance * rate) + 1
     bad = []
     for a in range(K):
-        for b in range(K):
-            if bank.unit[a] == bank.unit[b] or norm[b] < 1.3 * norm[a] or len(times[a]) < 5 or len(times[b]) < 5: continue
-            i = np.searchsorted(times[b], times[a])
-            lags = np.concatenate([times[a] - times[b][np.clip(i + s, 0, len(times[b]) - 1)] for s in (-1, 0)])
+        for u, all_, size in zip(units, of_unit, largest):
+            if bank.unit[a] == u or size < 1.3 * norm[a] or len(times[a]) < 5 or len(all_) < 5: continue
+            i = np.searchsorted(all_, times[a])
+            lags = np.concatenate([times[a] - all_[np.clip(i + s, 0, len(all_) - 1)] for s in (-1, 0)])
             lags = lags[np.abs(lags) < reach]
             if len(lags) and np.convolve(np.bincount(lags + reach, minlength=2 * reach), np.ones(wide), "same").max() > part * len(times[a]): bad.append(a); break
     return bad

@@ -1674,6 +1674,7 @@ def make_report(
         for c in shown.columns:
             if shown[c].dtype.kind == "f": shown[c] = [f"{v:.3g}" if np.isfinite(v) else "" for v in shown[c]]
         sections.append("<h2>Units</h2>" + shown.to_html(border=0) + "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in says.items()) + "</dl>")
+    if result.drift is not None: sections.append(f"<p>The tissue moved along the probe, by about {result.drift.range:.0f} µm or more; parts of one unit at different depths were joined.</p>")
     sure = result.probability.values[z >= 0]
     if n: sections.append(f"<p>Of the {n:,} spikes, {100 * (sure > .99).mean():.1f} % are of their unit with a probability above 0.99 and {100 * (sure < .9).mean():.1f} % with one below 0.9; "
         f"by these probabilities {100 * (1 - sure.mean()):.2f} % of them are expected to be in the wrong unit.</p>")
@@ -1923,11 +1924,11 @@ def _sorter():
         sorter_name = "spike_ppl"
         requires_locations = True
         compatible_with_parallel = {"loky": True, "multiprocessing": True, "threading": True}
-        _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, fewest=25, smallest=6., n_jobs=1,
+        _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, motion=True, fewest=25, smallest=6., n_jobs=1,
             in_parts=None, size=24, radius=60.)
         _params_description = dict(model="name of a model of spike_ppl.models; None: a Dirichlet-process mixture with an outlier component", method="inference: vb, gibbs, nuts or advi",
             seed="of everything random", threshold="of the spikes' energy, in sd of the noise's", freq_min="lower edge of the band, Hz", freq_max="upper edge, Hz; None: 0.45 x sampling rate",
-            truncation="most units that the mixture of all spikes may have", rounds="of matching and looking again", fewest="spikes that a unit must have",
+            truncation="most units that the mixture of all spikes may have", rounds="of matching and looking again", motion="join the parts of units that the motion of the tissue along the probe cut in pieces", fewest="spikes that a unit must have",
             smallest="length of a unit's template in whitened space, noise sd", n_jobs="threads; the result does not depend on it",
             in_parts=f"sort overlapping neighbourhoods of channels one by one and join their units; None: above {WHOLE} channels", size="most channels that a neighbourhood owns", radius="µm around its own channels that a neighbourhood also reads")
         sorter_description = "Bayesian spike sorting: mixtures written in PyMC, fitted by inference derived from the model, and template matching in whitened space with each spike's posterior probability."

@@ -590,7 +590,7 @@ def _owner(joint, name, family, key):
     return np.where(depends, code, -1)
 
 # %% ../nbs/05_conjugate.ipynb #03c55e06
-_TOLERANCE = 1e-6
+_TOLERANCE = 1e-5
 
 def _candidates(joint, name):
     "Families that the support of a free variable allows, or NotConjugate."
@@ -774,7 +774,7 @@ def complete_conditional(
 
 # %% ../nbs/05_conjugate.ipynb #e88fa81a
 def _sharing(joint, most=512):
-    "Names and numbers of values of discrete vectors with one element per spike, the one with most values first; empty if there is only one."
+    "Names and numbers of values of discrete vectors with one element per spike, the one called `assignments`, or else the one with most values, first; empty if there is only one."
     groups = {}
     for name, v in joint.free.items():
         if v.ndim != 1 or not v.dtype.startswith(("int", "uint", "bool")): continue
@@ -784,7 +784,7 @@ def _sharing(joint, most=512):
         if seen: groups.setdefault(seen, {})[name] = n
     states = max(groups.values(), key=len, default={})
     if len(states) < 2 or math.prod(states.values()) > most: return {}
-    return dict(sorted(states.items(), key=lambda kn: -kn[1]))
+    return dict(sorted(states.items(), key=lambda kn: (kn[0] != "assignments", -kn[1])))
 
 def together(
     joint:LogJoint, # log joint of any model

@@ -573,6 +573,12 @@ class _Gaussian:
                                        near([self._joint(self._expected(q), s, None, q)], [d.energy(q, s)]) for p, s, q in trials): good.add("joint")
         return frozenset(good)
 
+    @property
+    def tied(self):
+        "Of one covariance and the precisions around it: the names, the covariance first; empty if there is none."
+        tops = list(dict.fromkeys(w for w, _, _ in self._common.values())) if self._ok else []
+        return [(tops[0], *(v for v, u in self._common.items() if u[0] == tops[0]))] if len(tops) == 1 else []
+
     # -- values and expectations; what one array or one factor gives is remembered until another takes its place
     def _remember(self, slot, keys, make):
         memory = self.__dict__.setdefault("_memory", {})
@@ -792,9 +798,14 @@ def start_partition(
 
 # %% ../nbs/06_inference.ipynb #f73d39c5
 def _settle(d, q, s, sweeps=1):
-    "Update every parameter's factor in turn, in place."
+    "Update every parameter's factor in turn, in place; precisions and the covariance they share, which pull each other along slowly, until they agree."
+    tied, = getattr(d, "tied", None) or ((),)
     for _ in range(sweeps):
         for name in d.parameters: q[name] = d.expected_natural(name, q, s)
+        for _ in range(40 if tied else 0):
+            old = np.diagonal(q[tied[0]][1])
+            for name in tied: q[name] = d.expected_natural(name, q, s)
+            if np.abs(np.diagonal(q[tied[0]][1])/old - 1).max() < 2e-3: break
     return q
 
 def _elbo(d, q, s, entropy):
@@ -859,10 +870,28 @@ class _Local:
         z = start_partition(self.x, int((~self.roles.fixed).sum()), seed)
         free = np.flatnonzero(~self.roles.fixed)
         order = np.argsort(-np.bincount(z, minlength=len(free)), kind="stable")
-        R, own = np.zeros((len(self.x), self.d.n_states)), self.states[free[np.argsort(order)[z]]]
-        share = np.full(own.shape[1], .2/max(own.shape[1] - 1, 1)); share[0] = 1 - share[1:].sum()
-        np.put_along_axis(R, own, share[None], axis=1)
+        unit = free[np.argsort(order)[z]]
+        R = np.zeros((len(self.x), self.d.n_states))
+        np.put_along_axis(R, self.states[unit], self.first_states(unit), axis=1)
         return self.at(R)
+
+    def first_states(self, unit, far=.2):
+        "Shares of the states of every spike's unit to start from: the spikes farthest from their unit go to groups by where they lie, the same for all units."
+        S, x = self.states.shape[1], self.x
+        if S == 1: return np.ones((len(x), 1))
+        middle = np.zeros((self.d.n_units, x.shape[1]))
+        for k in np.unique(unit): middle[k] = np.median(x[unit == k], axis=0)
+        away, group = x - middle[unit], np.zeros(len(x), int)
+        C = np.cov(away.T).reshape(x.shape[1], -1)
+        for _ in range(4):
+            distance = np.einsum("nd,nd->n", away @ np.linalg.pinv(C), away)
+            near = distance <= np.quantile(distance, .7)
+            C = np.cov(away[near].T).reshape(C.shape) + 1e-9*np.diag(away.var(0))
+        rows = np.flatnonzero(distance > np.quantile(distance, 1 - far))
+        if len(rows) > S: group[rows] = 1 + start_partition(away[rows]/np.sqrt(np.diag(C)), S - 1, self.rng)
+        share = np.full((len(x), S), .1/S)
+        share[np.arange(len(x)), group] += .9
+        return share
 
     # -- moves: each returns a candidate state or None
     def _judge(self, state, R, q):

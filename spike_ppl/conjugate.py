@@ -788,7 +788,7 @@ def _sharing(joint, most=512):
 
 def together(
     joint:LogJoint, # log joint of any model
-) -> LogJoint: # the same with one discrete variable, named as the one with most values, for all that share a spike
+) -> LogJoint: # the same with one discrete variable, named as one of them, for all that share a spike
     "Read the discrete variables that each spike has as one variable, whose values are their combinations."
     states = _sharing(joint)
     if not states: return joint
@@ -999,7 +999,7 @@ class _Plan:
         rest = [k for k in names if k != skip and k not in vectors and k not in scalars]
         normals = sorted((k for k in rest if isinstance(self.family[k], Normal)), key=list(self.free).index)
         c = self.curvature(normals)[term] if weighted is None and not vectors else f
-        if self.lowered and term in self.touched and set(normals) <= self.added and len(normals) > 1:      # means that add up: each variance counts once, without the others'
+        if self.lowered and term in self.touched and set(normals) <= self.added and len(normals) > 1:      # means that add up: each variance counts once
             f = _total([f, *(.5 * (self.family[k]._hessian(c, self.free[k]) * self.moments[k][1]).sum() for k in normals)])
             f, normals = clone_replace(f, {self.free[k]: self.moments[k][0] for k in normals}, rebuild_strict=False), []
             rest = [k for k in rest if not isinstance(self.family[k], Normal)]

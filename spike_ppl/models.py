@@ -142,7 +142,7 @@ def default_priors(
     x, names, _ = _check(features, n_units, "n_units")
     return dict(mean=_round(x.mean(0), 3), mean_sd=_round(x.std(0)), variance_shape=2., variance_scale=_round(_within(x, n_units)),
                 dof=len(names) + 2., weight_concentration=1., concentration_shape=1., concentration_rate=1., scale_shape=1., outlier_scale=4., outlier_odds=19.,
-                common_dof=len(names) + 102., collision_dof=len(names) + 102., collision_scale=1., collision_odds=9.,
+                common_dof=len(names) + 32., collision_dof=len(names) + 102., collision_scale=1., collision_odds=9.,
                 kind_dof=len(names) + 22., kind_scale=4.)
 
 # %% ../nbs/04_models.ipynb #4cdfcba9

@@ -15,12 +15,31 @@ def data():
     return features.copy(data=features.values + hit[:, None] * rng.normal(0, 5, (300, 3))), unit, hit
 
 @pytest.fixture(scope="module")
-def made(data): return fit(collisions(data[0], 6), "vb", draws=100, seed=0, progressbar=False)
+def made(data): return fit(collisions(data[0], 6, kinds=0), "vb", draws=100, seed=0, progressbar=False)
 
 
 def test_closed_forms_are_those_of_the_derived_functions(data):
-    d = inference._fast(derive(collisions(data[0], 4)))
+    d = inference._fast(derive(collisions(data[0], 4, kinds=0)))
     assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (4, 8)
+
+
+def test_closed_forms_know_means_that_add_up(data):
+    d = inference._fast(derive(collisions(data[0], 3, kinds=4)))        # more kinds than units: the units are the assignments all the same
+    assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (3, 18)
+    assert {"means", "displacements"} <= set(d._means) and inference.parts(d).unit == ("means", "precisions")
+
+
+def test_kinds_of_collision_are_shared_by_the_units():
+    features, unit = toy(600, 3, 3, seed=2)
+    rng = np.random.default_rng(5)
+    hit = rng.random(600) < .25
+    x = features.copy(data=features.values + hit[:, None] * (np.array([[9., 0, -7], [-3, 10, 6]])[rng.integers(2, size=600)] + rng.normal(0, .8, (600, 3))))
+    found = fit(collisions(x, 6, kinds=3), "vb", draws=50, seed=0, progressbar=False)
+    p = found["unit_probability"]
+    seen = 1 - p["collided_probability"].sel(collided_value=0).values
+    assert adjusted_rand_score(unit, p["unit_probability"].values.argmax(1)) > .9
+    assert seen[hit].mean() > .8 and seen[~hit].mean() < .1
+    assert np.all(np.diff(found["optimisation"]["elbo"]) >= -1e-6)
 
 
 def test_units_and_collisions_are_found(made, data):
@@ -51,7 +70,7 @@ def test_prediction_restores_the_model_from_the_file(made, data, tmp_path):
 
 
 def test_gibbs_keeps_both_answers_and_goes_on(data):
-    model = collisions(data[0], 4)
+    model = collisions(data[0], 4, kinds=0)
     first = fit(model, "gibbs", draws=30, tune=30, chains=1, seed=0, progressbar=False)
     assert first.attrs["moves"].startswith("off: each spike has several")
     more = fit(model, "gibbs", draws=20, chains=1, seed=0, resume=first, progressbar=False)

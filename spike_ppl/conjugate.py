@@ -48,10 +48,12 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, equal_computations
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.replace import clone_replace, vectorize_graph
-from pytensor.graph.rewriting.basic import in2out
+from pytensor.graph.rewriting.basic import in2out, node_rewriter
 from pytensor.graph.traversal import ancestors
 from pytensor.link.vm import VMLinker
+from pytensor.scalar.basic import Second
 from pytensor.tensor.basic import Alloc
+from pytensor.tensor.elemwise import Elemwise
 
 # %% ../nbs/05_conjugate.ipynb #94b3a795
 class NotConjugate(ValueError):
@@ -242,7 +244,18 @@ def _default_transform(rv):
     from pymc.distributions.transforms import _default_transform as default
     return default(rv.owner.op, rv) if rv.owner is not None else None
 
-_AS_WRITTEN = Mode(VMLinker(use_cloop=False, c_thunks=False), optimizer=None)      # no rewriting: graphs that run a handful of times
+def _broadcast(shape, value, **_): return np.broadcast_to(value, np.broadcast_shapes(np.shape(shape), np.shape(value))).copy()
+_broadcast.nout = 1
+
+@node_rewriter([Elemwise])
+def _filled(fgraph, node):
+    "NumPy has no ufunc for `fill`, so that PyTensor would loop over its elements in Python: give it one."
+    if not isinstance(node.op.scalar_op, Second) or node.op.ufunc is _broadcast: return None
+    op = copy(node.op)
+    op.ufunc = _broadcast
+    return op.make_node(*node.inputs).outputs
+
+_AS_WRITTEN = Mode(VMLinker(use_cloop=False, c_thunks=False), optimizer=in2out(_filled))      # hardly any rewriting: graphs that run a handful of times
 
 def _total(terms): return pt.add(*[t.sum() for t in terms]) if len(terms) > 1 else terms[0].sum()
 
@@ -577,7 +590,7 @@ def _owner(joint, name, family, key):
     return np.where(depends, code, -1)
 
 # %% ../nbs/05_conjugate.ipynb #03c55e06
-_TOLERANCE = 1e-6
+_TOLERANCE = 1e-5
 
 def _candidates(joint, name):
     "Families that the support of a free variable allows, or NotConjugate."
@@ -761,7 +774,7 @@ def complete_conditional(
 
 # %% ../nbs/05_conjugate.ipynb #e88fa81a
 def _sharing(joint, most=512):
-    "Names and numbers of values of discrete vectors with one element per spike, the one with most values first; empty if there is only one."
+    "Names and numbers of values of discrete vectors with one element per spike, the one called `assignments`, or else the one with most values, first; empty if there is only one."
     groups = {}
     for name, v in joint.free.items():
         if v.ndim != 1 or not v.dtype.startswith(("int", "uint", "bool")): continue
@@ -771,11 +784,11 @@ def _sharing(joint, most=512):
         if seen: groups.setdefault(seen, {})[name] = n
     states = max(groups.values(), key=len, default={})
     if len(states) < 2 or math.prod(states.values()) > most: return {}
-    return dict(sorted(states.items(), key=lambda kn: -kn[1]))
+    return dict(sorted(states.items(), key=lambda kn: (kn[0] != "assignments", -kn[1])))
 
 def together(
     joint:LogJoint, # log joint of any model
-) -> LogJoint: # the same with one discrete variable, named as the one with most values, for all that share a spike
+) -> LogJoint: # the same with one discrete variable, named as one of them, for all that share a spike
     "Read the discrete variables that each spike has as one variable, whose values are their combinations."
     states = _sharing(joint)
     if not states: return joint
@@ -905,12 +918,12 @@ class _Plan:
         if not self._lowering_holds(constant_values): self.lowered, self.structure = False, None
 
     def _find_curvature(self, constant_values):
-        "Normal variables whose Hessian does not depend on the row: one row per unit then carries it."
+        "Normal variables whose Hessian does not depend on the row: one row per unit then carries it; and those whose Hessian depends on no Normal variable either."
         self.unit_mean, self.unit_count = pt.matrix("unit_mean"), pt.vector("unit_count")
         swap = {self.unit_rows: pt.arange(self.n_states), self.rows: self.unit_mean}
         self.curvature_terms = {k: (self.unit_count * clone_replace(t, swap, rebuild_strict=False)).sum() for k, t in self.row_terms.items()}
         normals = [k for k, f in self.family.items() if isinstance(f, Normal) and any(k in self.depends[t] for t in self.touched)]
-        total, self.flat_curvature = _total(list(self.curvature_terms.values())), set()
+        total, self.flat_curvature, self.added = _total(list(self.curvature_terms.values())), set(), set()
         rng = np.random.default_rng(7)
         count, point = rng.gamma(5., size=self.n_states), _random_point(self.joint, self.family, rng)
         data = self.joint.data[self.data_name]
@@ -918,8 +931,11 @@ class _Plan:
             v = self.free[name]
             u = pt.constant(rng.normal(size=self.joint.initial[name].shape))
             f = _function([self.unit_mean, self.unit_count, *self.free.values(), *self.constants.values()], [_grad((_grad(total, v) * u).sum(), v)])
-            a, b = (f(data[rng.integers(len(data), size=self.n_states)].astype(float), count, *(np.asarray(point[k], w.dtype) for k, w in self.free.items()), *constant_values.values())[0] for _ in range(2))
+            other = _random_point(self.joint, self.family, rng)
+            at = lambda point: f(data[rng.integers(len(data), size=self.n_states)].astype(float), count, *(np.asarray(point[k], w.dtype) for k, w in self.free.items()), *constant_values.values())[0]
+            a, b, c = at(point), at(point), at({**point, **{k: other[k] for k in normals}})
             if np.allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(a).max()): self.flat_curvature.add(name)
+            if np.allclose(a, c, rtol=1e-9, atol=1e-9 * np.abs(a).max()): self.added.add(name)
 
     def curvature(self, names):
         "The scalar terms to differentiate twice in `names`: one row per unit where that is exact."
@@ -983,6 +999,10 @@ class _Plan:
         rest = [k for k in names if k != skip and k not in vectors and k not in scalars]
         normals = sorted((k for k in rest if isinstance(self.family[k], Normal)), key=list(self.free).index)
         c = self.curvature(normals)[term] if weighted is None and not vectors else f
+        if self.lowered and term in self.touched and set(normals) <= self.added and len(normals) > 1:      # means that add up: each variance counts once
+            f = _total([f, *(.5 * (self.family[k]._hessian(c, self.free[k]) * self.moments[k][1]).sum() for k in normals)])
+            f, normals = clone_replace(f, {self.free[k]: self.moments[k][0] for k in normals}, rebuild_strict=False), []
+            rest = [k for k in rest if not isinstance(self.family[k], Normal)]
         for k in normals:
             expect = self.family[k].expect
             f, c = (g := expect(f, self.free[k], self.moments[k], c)), (expect(c, self.free[k], self.moments[k]) if c is not f and len(normals) > 1 else g)

@@ -460,13 +460,16 @@ class _Gaussian:
         if name not in cache:
             old, new = (np.asarray(p[name]) for p in points)
             b0, A0 = d.unit_quadratic(points[0])[1:]
-            owner, pieces = np.full(d.n_states, -1), range(len(old)) if self._has_rows(name) else [...]
-            for r, piece in enumerate(pieces):
-                value = old.copy(); value[piece] = new[piece]
+            def moved(chosen):
+                value = np.where(chosen.reshape(-1, *[1]*(old.ndim - 1)), new, old) if self._has_rows(name) else new
                 b, A = d.unit_quadratic({**points[0], name: value})[1:]
-                moved = ~np.isclose(b, b0, rtol=1e-9, atol=1e-12).all(1) | ~np.isclose(A, A0, rtol=1e-9, atol=1e-12).reshape(d.n_states, -1).all(1)
-                if (owner[moved] >= 0).any(): owner = None; break
-                owner[moved] = r
+                return ~np.isclose(b, b0, rtol=1e-9, atol=1e-12).all(1) | ~np.isclose(A, A0, rtol=1e-9, atol=1e-12).reshape(d.n_states, -1).all(1)
+            r = np.arange(len(old) if self._has_rows(name) else 1)
+            owner = np.where(moved(r >= 0), 0, -1)
+            for bit in range(int(np.ceil(np.log2(len(r))))):        # the rows that have this bit in their number, then the others: a state's row spells itself
+                on, off = moved((r >> bit) & 1 == 1), moved((r >> bit) & 1 == 0)
+                if (on & off).any(): owner = None; break
+                owner[on] += 1 << bit
             cache[name] = owner
         return cache[name]
 
@@ -480,21 +483,22 @@ class _Gaussian:
         means = [k for k in rows if kinds[k] in ("Normal", "MvNormal") and d.family[k].shape[1:] == (d.n_features,)]
         self._spreads = [k for k in rows if k not in means]
         tail = (d.n_features,)*(2 if self._full else 1)
-        self._ok = len(means) == 1 and bool(self._spreads) and all(r is not None for r in rows.values())
+        self._ok = bool(means) and bool(self._spreads) and all(r is not None for r in rows.values())
         self._ok &= all(kinds[k] in (("Wishart",) if self._full else ("InverseGamma", "Gamma")) and d.family[k].shape[-len(tail):] == tail and d.family[k].shape[:-len(tail)] in ((), d.family[k].shape[:1])
                         for k in self._spreads)
         self._ok &= all(kinds[k] in ("Dirichlet", "Beta") for k in roles.weights)
         if not self._ok: return
-        self._means, self._kinds = means[0], kinds
-        self._ok = (kinds[self._means] == "MvNormal") == self._full
-        # every state that any variable moves has one mean and one spread; the others are constants
+        self._means, self._kinds = means, kinds
+        self._ok = all((kinds[k] == "MvNormal") == self._full for k in means)
+        # every state that any variable moves has one spread and a mean that is a sum of rows, one from each variable that has any for it; the others are constants
         self._own = {k: np.flatnonzero(r >= 0) for k, r in rows.items()}
-        self._live, self._fixed = self._own[self._means], np.flatnonzero(rows[self._means] < 0)
+        aimed = np.any([rows[k] >= 0 for k in means], axis=0)
+        self._live, self._fixed = np.flatnonzero(aimed), np.flatnonzero(~aimed)
         spread_of = np.sum([rows[k] >= 0 for k in self._spreads], axis=0)
         self._ok &= bool((spread_of[self._live] == 1).all() and (spread_of[self._fixed] == 0).all())
         if not self._ok: return
         self._row = {k: r[r >= 0] for k, r in rows.items()}
-        self._plain = all(np.array_equal(r, np.arange(len(r))) and len(r) == d.family[k].shape[0] for k, r in self._row.items() if self._has_rows(k)) and len(self._spreads) == 1 and self._has_rows(self._spreads[0])
+        self._plain = all(np.array_equal(r, np.arange(len(r))) and len(r) == d.family[k].shape[0] for k, r in self._row.items() if self._has_rows(k)) and len(means) == 1 and len(self._spreads) == 1 and self._has_rows(self._spreads[0])
         empty = [{k: d.natural(k, p, self._none) for k in d.parameters} for p in points]
         same = lambda k: all(np.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(empty[0][k], empty[1][k]))
         self._prior = {k: empty[0][k] for k in d.parameters if same(k)}
@@ -557,7 +561,7 @@ class _Gaussian:
         for _ in range(2):
             p = d.initial(rng)
             z = rng.integers(d.n_states, size=20*d.n_states)
-            x = rng.normal(size=(len(z), d.n_features))*2 + np.asarray(p[self._means])[z % len(p[self._means])]
+            x = rng.normal(size=(len(z), d.n_features))*2 + np.asarray(p[self._means[0]])[z % len(p[self._means[0]])]
             s = _hard_statistics(x, z, d.n_states, self._full)
             q = {k: _around(d.family[k], p[k]) for k in d.parameters}
             trials.append((p, s, q))
@@ -568,6 +572,12 @@ class _Gaussian:
         if "quadratic" in good and all(near([self._joint(self._values(p), s, p, None)], [d.log_joint(p, s)]) and
                                        near([self._joint(self._expected(q), s, None, q)], [d.energy(q, s)]) for p, s, q in trials): good.add("joint")
         return frozenset(good)
+
+    @property
+    def tied(self):
+        "Of one covariance and the precisions around it: the names, the covariance first; empty if there is none."
+        tops = list(dict.fromkeys(w for w, _, _ in self._common.values())) if self._ok else []
+        return [(tops[0], *(v for v, u in self._common.items() if u[0] == tops[0]))] if len(tops) == 1 else []
 
     # -- values and expectations; what one array or one factor gives is remembered until another takes its place
     def _remember(self, slot, keys, make):
@@ -585,7 +595,7 @@ class _Gaussian:
         return v, np.linalg.slogdet(v)[1]
 
     def _values(self, p):
-        e = {"m": np.asarray(p[self._means]), "V": None}
+        e = {k: (np.asarray(p[k]), None) for k in self._means}
         for k in self._spreads:
             v = p[k]
             e[k] = self._remember(("v", k), (v,), lambda: self._spread_values(k, np.asarray(v)))
@@ -599,7 +609,7 @@ class _Gaussian:
     def _factor(self, name, natural):
         "Expected statistics of one factor."
         d = self._d
-        if name == self._means:
+        if name in self._means:
             P, h = natural
             if not self._full: return h/P, 1/P
             V = _symmetric_inverse(P)
@@ -617,9 +627,7 @@ class _Gaussian:
     def _expected(self, q):
         e = {}
         for k, natural in q.items():
-            out = self._remember(("q", k), (natural,), lambda: self._factor(k, natural))
-            if k == self._means: e["m"], e["V"] = out
-            else: e[k] = out
+            e[k] = self._remember(("q", k), (natural,), lambda: self._factor(k, natural))
         return e
 
     # -- the formulas
@@ -633,19 +641,35 @@ class _Gaussian:
         for k in self._spreads: T[self._own[k]], logT[self._own[k]] = e[k][0][self._row[k]], e[k][1][self._row[k]]
         return T[self._live], logT[self._live]
 
+    def _centres(self, e, but=None):
+        "Mean of every state that has one, and its covariance (None at a point); `but`: without what that variable adds."
+        if self._plain: return e[self._means[0]] if but is None else (0., None)
+        K, D = self._d.n_states, self._d.n_features
+        m, V = np.zeros((K, D)), None
+        for k in self._means:
+            if k == but: continue
+            m[self._own[k]] += e[k][0][self._row[k]]
+            if e[k][1] is not None:
+                V = np.zeros((K, *e[k][1].shape[1:])) if V is None else V
+                V[self._own[k]] += e[k][1][self._row[k]]
+        return m[self._live], V if V is None else V[self._live]
+
     def _summed(self, name, values):
         "Sum over the states of every row of a variable; values (state, ...)."
         if self._plain: return values
         shape = self._d.family[name].shape
-        out = np.zeros((shape[0] if self._has_rows(name) or name == self._means else 1, *values.shape[1:]))
+        out = np.zeros((shape[0] if self._has_rows(name) or name in self._means else 1, *values.shape[1:]))
         np.add.at(out, self._row[name], values)
         return out
 
     def _natural(self, name, e, s):
-        if name == self._means:
+        if name in self._means:
             N, mean = self._at(self._live, s.count, s.mean)
-            T = self._precisions(e)[0]
+            T, rest = self._precisions(e)[0], self._centres(e, name)[0]
             P0, h0 = self._prior[name]
+            if not self._plain:
+                mine = np.searchsorted(self._live, self._own[name])
+                N, mean, T = N[mine], (mean - rest)[mine], T[mine]
             if self._full: return P0 + self._summed(name, N[:, None, None]*T), h0 + self._summed(name, N[:, None]*np.einsum("kij,kj->ki", T, mean))
             NT = N[:, None]*T
             return P0 + self._summed(name, NT), h0 + self._summed(name, NT*mean)
@@ -653,8 +677,9 @@ class _Gaussian:
             own = self._own[name]
             N, mean, S = self._at(own, *s)
             a, b = self._prior[name] if name not in self._common else (self._common[name][2], self._common[name][1]*e[self._common[name][0]][0])
-            r = slice(None) if self._plain else self._row[self._means][np.searchsorted(self._live, own)]
-            delta, V = mean - e["m"][r], 0 if e["V"] is None else e["V"][r]
+            m, V = self._centres(e)
+            r = slice(None) if self._plain else np.searchsorted(self._live, own)
+            delta, V = mean - m[r], 0 if V is None else V[r]
             half = 1. if self._full else .5
             N = N if self._full else N[:, None]
             second = S + N[..., None, None]*(delta[:, :, None]*delta[:, None, :] + V) if self._full else S + N*(delta*delta + V)
@@ -679,8 +704,7 @@ class _Gaussian:
         c = np.zeros(K)
         for k in self._roles.weights:
             for J, l in zip(self._counts[k], e[k]): c += np.tensordot(J, l, l.ndim)
-        r = slice(None) if self._plain else self._row[self._means]
-        m, V, (T, logT) = e["m"][r], None if e["V"] is None else e["V"][r], self._precisions(e)
+        (m, V), (T, logT) = self._centres(e), self._precisions(e)
         if self._full:
             b = np.einsum("kij,kj->ki", T, m)
             square = (b*m).sum(1) + (0 if V is None else (T*V).sum((1, 2)))
@@ -708,7 +732,8 @@ class _Gaussian:
                 total += float((.5*dof*(logC + D*np.log(a/2)) + .5*(dof - D - 1)*logT - multigammaln(dof/2, D)).sum() - .5*a*(C*T.sum(0)).sum())
             elif p is not None: total += f.logp(self._prior[k], p[k])
             elif f.name in ("Normal", "MvNormal"):
-                total += f.logp(self._prior[k], f._out(e["m"]) if f.axis is not None else e["m"]) - .5*float((self._prior[k][0]*e["V"]).sum())
+                m, V = e[k]
+                total += f.logp(self._prior[k], f._out(m) if f.axis is not None else m) - .5*float((self._prior[k][0]*V).sum())
             elif f.name == "Dirichlet":
                 a = np.asarray(self._prior[k][0])
                 total += f.logp(self._prior[k], np.full(a.shape, 1/a.shape[-1])) + float(((a - 1)*(e[k][0] + np.log(a.shape[-1]))).sum())
@@ -735,8 +760,8 @@ class _Gaussian:
 
     def _needs(self, name, other):
         "Whether the update of one variable reads another."
-        if name == self._means: return other in self._spreads
-        if name in self._spreads: return other == self._means or name in self._common and other == self._common[name][0]
+        if name in self._means: return other != name and other in (*self._spreads, *self._means)
+        if name in self._spreads: return other in self._means or name in self._common and other == self._common[name][0]
         if any(w == name for w, _, _ in self._common.values()): return other in self._common
         return self._stick is not None and name in self._stick and other in self._stick
 
@@ -773,9 +798,14 @@ def start_partition(
 
 # %% ../nbs/06_inference.ipynb #f73d39c5
 def _settle(d, q, s, sweeps=1):
-    "Update every parameter's factor in turn, in place."
+    "Update every parameter's factor in turn, in place; precisions and the covariance they share, which pull each other along slowly, until they agree."
+    tied, = getattr(d, "tied", None) or ((),)
     for _ in range(sweeps):
         for name in d.parameters: q[name] = d.expected_natural(name, q, s)
+        for _ in range(40 if tied else 0):
+            old = np.diagonal(q[tied[0]][1])
+            for name in tied: q[name] = d.expected_natural(name, q, s)
+            if np.abs(np.diagonal(q[tied[0]][1])/old - 1).max() < 2e-3: break
     return q
 
 def _elbo(d, q, s, entropy):
@@ -840,10 +870,28 @@ class _Local:
         z = start_partition(self.x, int((~self.roles.fixed).sum()), seed)
         free = np.flatnonzero(~self.roles.fixed)
         order = np.argsort(-np.bincount(z, minlength=len(free)), kind="stable")
-        R, own = np.zeros((len(self.x), self.d.n_states)), self.states[free[np.argsort(order)[z]]]
-        share = np.full(own.shape[1], .2/max(own.shape[1] - 1, 1)); share[0] = 1 - share[1:].sum()
-        np.put_along_axis(R, own, share[None], axis=1)
+        unit = free[np.argsort(order)[z]]
+        R = np.zeros((len(self.x), self.d.n_states))
+        np.put_along_axis(R, self.states[unit], self.first_states(unit), axis=1)
         return self.at(R)
+
+    def first_states(self, unit, far=.2):
+        "Shares of the states of every spike's unit to start from: the spikes farthest from their unit go to groups by where they lie, the same for all units."
+        S, x = self.states.shape[1], self.x
+        if S == 1: return np.ones((len(x), 1))
+        middle = np.zeros((self.d.n_units, x.shape[1]))
+        for k in np.unique(unit): middle[k] = np.median(x[unit == k], axis=0)
+        away, group = x - middle[unit], np.zeros(len(x), int)
+        C = np.cov(away.T).reshape(x.shape[1], -1)
+        for _ in range(4):
+            distance = np.einsum("nd,nd->n", away @ np.linalg.pinv(C), away)
+            near = distance <= np.quantile(distance, .7)
+            C = np.cov(away[near].T).reshape(C.shape) + 1e-9*np.diag(away.var(0))
+        rows = np.flatnonzero(distance > np.quantile(distance, 1 - far))
+        if len(rows) > S: group[rows] = 1 + start_partition(away[rows]/np.sqrt(np.diag(C)), S - 1, self.rng)
+        share = np.full((len(x), S), .1/S)
+        share[np.arange(len(x)), group] += .9
+        return share
 
     # -- moves: each returns a candidate state or None
     def _judge(self, state, R, q):

@@ -137,12 +137,13 @@ def _within(x, k, seed=0, limit=2000, rounds=10):
 def default_priors(
     features, # DataArray (spike, feature) or array (n, d)
     n_units:int=10, # units expected, for the guess of the spread within one
-) -> dict: # mean (d,), mean_sd (d,), variance_shape, variance_scale (d,), dof, weight_concentration, concentration_shape, concentration_rate, scale_shape, outlier_scale, outlier_odds, common_dof, collision_dof, collision_scale, collision_odds
+) -> dict: # mean (d,), mean_sd (d,), variance_shape, variance_scale (d,), dof, weight_concentration, concentration_shape, concentration_rate, scale_shape, outlier_scale, outlier_odds, common_dof, collision_dof, collision_scale, collision_odds, kind_dof, kind_scale
     "The numbers that the models' default priors are made of; change some and hand them back as `priors=`."
     x, names, _ = _check(features, n_units, "n_units")
     return dict(mean=_round(x.mean(0), 3), mean_sd=_round(x.std(0)), variance_shape=2., variance_scale=_round(_within(x, n_units)),
                 dof=len(names) + 2., weight_concentration=1., concentration_shape=1., concentration_rate=1., scale_shape=1., outlier_scale=4., outlier_odds=19.,
-                common_dof=len(names) + 102., collision_dof=len(names) + 102., collision_scale=1., collision_odds=9.)
+                common_dof=len(names) + 32., collision_dof=len(names) + 102., collision_scale=1., collision_odds=9.,
+                kind_dof=len(names) + 22., kind_scale=4.)
 
 # %% ../nbs/04_models.ipynb #4cdfcba9
 def _priors(x, n_units, priors, d):
@@ -387,16 +388,19 @@ def robust(
 def collisions(
     features, # DataArray (spike, feature) or array (n, d)
     n_units:int, # number of units, or the most there can be
-    weights:str="sticks", # "dirichlet", "sticks" or "mfm"
+    kinds:int=12, # kinds of collision, each with a displacement of its own, besides a broad one; 0: only the broad one
+    weights:str="dirichlet", # "dirichlet", "sticks" or "mfm"
     priors:dict|None=None, # changes to `default_priors(features, n_units)`
-) -> pm.Model: # free variables weights, means, common_covariance, precisions, collision_precision, collided_fraction, assignments, collided; observed features
-    "Mixture of Gaussians with alike covariances, in which a spike may have collided with another and then lies broadly around its unit."
+) -> pm.Model: # free variables weights, means, common_covariance, precisions, collision_precision, collided_fraction, assignments, collided (displacements, kind_precisions, kind_shares); observed features
+    """Mixture of Gaussians with alike covariances, in which a spike may have collided with another, which displaces it whatever its unit.
+
+    Raises `ValueError` for `kinds` below 0, or degrees of freedom too few for the covariances to have a mean."""
     x, names, _ = _check(features, n_units, "n_units")
-    d = len(names)
-    coords = _coords(x, names, None, "full", n_units) | dict(stick=np.arange(n_units - 1))
+    kinds, d = (_count(kinds, "kinds") if kinds else 0), len(names)
+    coords = _coords(x, names, None, "full", n_units) | dict(stick=np.arange(n_units - 1), kind=np.arange(kinds))
     priors = _priors(x, n_units, priors, d)
     scale, square = np.asarray(priors["variance_scale"]), ("feature", "feature_bis")
-    for name in ("common_dof", "collision_dof"):
+    for name in ("common_dof", "collision_dof", "kind_dof"):
         if priors[name] < d + 2: raise ValueError(f"priors[{name!r}]={priors[name]}, expected at least {d + 2} for {d} features (so that the covariances have a mean).")
     with pm.Model(coords=coords) as model:
         w = _weights(weights, priors, n_units)
@@ -410,10 +414,21 @@ def collisions(
         collision_precision = pm.Wishart("collision_precision", nu=dof, V=np.linalg.inv(broad), dims=square)
         fraction = pm.Beta("collided_fraction", 1., priors["collision_odds"])
         z = pm.Categorical("assignments", p=w, dims="spike")
-        collided = pm.Bernoulli("collided", p=fraction, dims="spike")
-        spread = pt.concatenate([covariances, pt.broadcast_to(pt.linalg.inv(collision_precision), (n_units, d, d))])
-        pm.MvNormal("features", mu=means[z], cov=spread[z + n_units * collided], observed=x, dims=("spike", "feature"))
-    return _finish(model, "collisions", dict(n_units=int(n_units), weights=weights), priors)
+        if not kinds:
+            collided = pm.Bernoulli("collided", p=fraction, dims="spike")
+            spread = pt.concatenate([covariances, pt.broadcast_to(pt.linalg.inv(collision_precision), (n_units, d, d))])
+            pm.MvNormal("features", mu=means[z], cov=spread[z + n_units * collided], observed=x, dims=("spike", "feature"))
+        else:
+            displacements = pm.Normal("displacements", 0., priors["mean_sd"], dims=("kind", "feature"))
+            dof = priors["kind_dof"]
+            kind_precisions = pm.Wishart("kind_precisions", nu=dof, V=pt.linalg.inv(common) / (priors["kind_scale"] * (dof - d - 1)), shape=(kinds, d, d), dims=("kind", *square))
+            shares = pm.Dirichlet("kind_shares", np.ones(kinds + 1))          # the broad one first
+            collided = pm.Categorical("collided", p=pt.concatenate([(1 - fraction)[None], fraction * shares]), dims="spike")
+            spread = pt.concatenate([covariances, pt.linalg.inv(collision_precision)[None], pt.linalg.inv(kind_precisions)])
+            where = pt.concatenate([pt.zeros((2, d)), displacements])
+            row = pt.where(pt.eq(collided, 0), z, n_units - 1 + collided)
+            pm.MvNormal("features", mu=means[z] + where[collided], cov=spread[row], observed=x, dims=("spike", "feature"))
+    return _finish(model, "collisions", dict(n_units=int(n_units), kinds=kinds, weights=weights), priors)
 
 # %% ../nbs/04_models.ipynb #aa744b38
 def _time_derivative(n_time, n_channels, whitening):

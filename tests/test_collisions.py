@@ -15,12 +15,24 @@ def data():
     return features.copy(data=features.values + hit[:, None] * rng.normal(0, 5, (300, 3))), unit, hit
 
 @pytest.fixture(scope="module")
-def made(data): return fit(collisions(data[0], 6), "vb", draws=100, seed=0, progressbar=False)
+def made(data): return fit(collisions(data[0], 6, kinds=0), "vb", draws=100, seed=0, progressbar=False)
 
 
 def test_closed_forms_are_those_of_the_derived_functions(data):
-    d = inference._fast(derive(collisions(data[0], 4)))
+    d = inference._fast(derive(collisions(data[0], 4, kinds=0)))
     assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (4, 8)
+
+
+def test_closed_forms_know_means_that_add_up(data):
+    d = inference._fast(derive(collisions(data[0], 3, kinds=4)))        # more kinds than units: the units are the assignments all the same
+    assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (3, 18)
+    assert {"means", "displacements"} <= set(d._means) and inference.parts(d).unit == ("means", "precisions")
+
+
+def test_bound_rises_with_kinds_too(data):
+    found = fit(collisions(data[0], 4, kinds=2), "vb", draws=20, seed=0, progressbar=False)
+    assert np.all(np.diff(found["optimisation"]["elbo"]) >= -1e-6)
+    assert found["unit_probability"]["collided_probability"].shape == (300, 4) and found.posterior["displacements"].shape == (1, 20, 2, 3)
 
 
 def test_units_and_collisions_are_found(made, data):
@@ -51,7 +63,7 @@ def test_prediction_restores_the_model_from_the_file(made, data, tmp_path):
 
 
 def test_gibbs_keeps_both_answers_and_goes_on(data):
-    model = collisions(data[0], 4)
+    model = collisions(data[0], 4, kinds=0)
     first = fit(model, "gibbs", draws=30, tune=30, chains=1, seed=0, progressbar=False)
     assert first.attrs["moves"].startswith("off: each spike has several")
     more = fit(model, "gibbs", draws=20, chains=1, seed=0, resume=first, progressbar=False)

@@ -1572,7 +1572,7 @@ def _into(self:Sort, folder, arguments=None, status="done", report=True):
     if self.waveforms is not None: save_waveforms(self.waveforms, folder/"waveforms.zarr", overwrite=True)
     if report: _write(folder/"report.html", make_report(self, arguments, status))
     write_run(folder, arguments, status, settings=self.settings, timings=self.timings, spikes=int((self.labels.values >= 0).sum()), unassigned=int((self.labels.values < 0).sum()), units=len(self.units),
-        **({"neighbourhoods": self.neighbourhoods} if self.neighbourhoods else {}))
+        **({"neighbourhoods": self.neighbourhoods} if self.neighbourhoods else {}), **({"drift": {k: np.asarray(v).tolist() for k, v in self.drift._asdict().items()}} if self.drift else {}))
 
 def write_run(folder, arguments=None, status="running", **more):
     "run.json: how the result came about."
@@ -1632,10 +1632,11 @@ def load_sort(
         except RecordingError: recording = None
     if recording is not None and not recording.get_annotation("standardised"):
         recording = standardise(recording, freq_min=settings.get("freq_min", 300.), freq_max=settings.get("freq_max"), seed=settings.get("seed", 0))
+    drift = Drift(*(np.asarray(run["drift"][k]) for k in ("sample_index", "depth")), run["drift"]["axis"]) if "drift" in run else None
     fit = _read_fit(folder/"fit.nc") if (folder/"fit.nc").is_file() else None
     fits = KeptFits(folder/"fits") if (folder/"fits").is_dir() else None
     return Sort(labels, load_waveforms(folder/"waveforms.zarr") if (folder/"waveforms.zarr").is_dir() else None,
-        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, settings, run.get("timings", {}), fits, neighbourhoods=run.get("neighbourhoods"))
+        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, settings, run.get("timings", {}), fits, neighbourhoods=run.get("neighbourhoods"), drift=drift)
 
 # %% ../nbs/13_sort.ipynb #74b11a9c
 def _png(figure):

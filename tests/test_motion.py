@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from spike_ppl.sort import Drift, Matched, Peaks, _equally_rare, _join_moved, estimate_drift, make_bank
+from spike_ppl.sort import Drift, Matched, Peaks, Sort, _equally_rare, _join_moved, estimate_drift, load_sort, make_bank
 
 RATE, SECONDS, CHANNELS, WIDTH = 20_000., 20., 12, 41
 
@@ -78,3 +78,15 @@ def test_a_tissue_that_stands_still_has_no_drift():
     moving = [(t, template(d + 15 * np.sin(2 * np.pi * t / RATE / 20))) for t, d in zip(start, rng.choice([40., 95., 130., 180.], n))]
     drift = estimate_drift(recording_of(moving), Peaks(start + WIDTH // 2, np.zeros(n), np.zeros(n, int), np.ones(n)))
     assert drift is not None and np.corrcoef(drift.depth, np.sin(2 * np.pi * drift.sample_index / RATE / 20))[0, 1] > .9
+
+
+def test_the_drift_comes_back_from_a_folder(tmp_path):
+    import xarray as xr
+    one = np.array([5])
+    labels = xr.DataArray([0], dims="spike", attrs=dict(sampling_rate=RATE), coords={k: ("spike", v) for k, v in dict(sample_index=one, probability=np.ones(1), entropy=np.zeros(1), peak_channel=np.array(["0"])).items()})
+    drift = Drift(np.array([10, 30]), np.array([-1.5, 2.]), 1)
+    folder = Sort(labels, drift=drift).save(tmp_path/"sorted")
+    back = load_sort(folder).drift
+    assert back.axis == 1 and (back.sample_index == drift.sample_index).all() and (back.depth == drift.depth).all()
+    assert "moved along the probe" in (folder/"report.html").read_text()
+    assert load_sort(Sort(labels).save(tmp_path/"still")).drift is None

@@ -372,6 +372,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.criticism.ppc': ('criticism.html#ppc', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism.ppc_table': ('criticism.html#ppc_table', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism.prior_check': ('criticism.html#prior_check', 'spike_ppl/criticism.py'),
+                                     'spike_ppl.criticism.prior_sensitivity': ( 'criticism.html#prior_sensitivity',
+                                                                                'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism.recovery': ('criticism.html#recovery', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism.residuals': ('criticism.html#residuals', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism.verdict': ('criticism.html#verdict', 'spike_ppl/criticism.py')},

@@ -15,8 +15,8 @@ the assignments makes leave-one-out meaningless; and held-out density, the usual
 
 # %% auto #0
 __all__ = ['caution', 'Convergence', 'convergence', 'join_chains', 'posterior_predictive', 'ppc', 'ppc_table', 'prior_check',
-           'log_likelihood', 'mean_squared_error', 'ParetoWarning', 'loo', 'compare', 'calibration', 'recovery',
-           'residuals', 'Verdict', 'verdict']
+           'log_likelihood', 'mean_squared_error', 'ParetoWarning', 'loo', 'compare', 'prior_sensitivity',
+           'calibration', 'recovery', 'residuals', 'Verdict', 'verdict']
 
 # %% ../nbs/09_criticism.ipynb #e587cd23
 import base64, hashlib, html, inspect, io, json, warnings
@@ -730,6 +730,34 @@ def _interval(pmf, level=.9):
     total = np.cumsum(pmf.values)
     k = pmf.n_units.values
     return int(k[np.searchsorted(total, (1 - level) / 2)]), int(k[min(np.searchsorted(total, 1 - (1 - level) / 2), len(k) - 1)])
+
+# %% ../nbs/09_criticism.ipynb #e1d74c09
+def prior_sensitivity(
+    fit:xr.DataTree, # fit by draws: gibbs or nuts
+    draws:int=1000, # draws used, at most, spread evenly over each chain
+    model=None, # the `pm.Model`, when it is not one of the package's
+) -> pd.DataFrame: # units, entropy, spikes in the largest unit and prior parameters: prior and likelihood sensitivity, ArviZ's diagnosis
+    """Sensitivity of label-invariant quantities to prior and likelihood, by power-scaling.
+
+    Raises `ValueError` for a variational fit, or one without draws of the assignments."""
+    import arviz as az
+    from pymc.stats import compute_log_prior
+    post, z, method = fit["posterior"].to_dataset(), roles(fit)["assignments"], fit.attrs.get("method")
+    if method in ("vb", "advi") or z not in post:
+        raise ValueError(f"prior_sensitivity needs draws of the posterior, assignments among them; this fit is by {method!r}, whose draws are an approximation's or hold none. Fit with method=\"gibbs\".")
+    built = _rebuild(fit, model)
+    given = log_likelihood(_with_groups(fit, posterior=post), draws, model)
+    ll = given["log_likelihood"].to_dataset()
+    kept = post.sel(draw=ll["draw"])
+    continuous = [v.name for v in built.free_RVs if v.dtype.startswith("float")]
+    prior = compute_log_prior(xr.DataTree.from_dict(dict(posterior=kept)), var_names=continuous, model=built, progressbar=False)["log_prior"].to_dataset()
+    d = _draws(_with_groups(fit, posterior=kept))
+    sizes = _sizes(*_canonical(d.labels))
+    per = lambda v: (("chain", "draw"), _grid(np.asarray(v, float), d.chain, d.draw))
+    quantities = {"units": per((sizes[:, 1:] > 0).sum(1)), "entropy of the partition [bits]": per(_entropy(sizes)), "spikes in the largest unit": per(sizes[:, 1:].max(1))}
+    quantities |= {k: (("chain", "draw"), kept[k].values) for k in continuous if kept[k].ndim == 2}
+    tree = xr.DataTree.from_dict(dict(posterior=xr.Dataset(quantities, coords=dict(chain=kept["chain"], draw=kept["draw"])), log_prior=prior, log_likelihood=ll))
+    return az.psense_summary(tree)
 
 # %% ../nbs/09_criticism.ipynb #bb37311f
 def _bins(said, true, bins):

@@ -420,3 +420,11 @@ def test_log_likelihood_of_students_units():
         p = {k: post[k].values[0, i] for k in ("weights", "means", "variances", "dof")}
         want = np.logaddexp.reduce([np.log(p["weights"][k]) + multivariate_t(p["means"][k], np.diag(p["variances"][k]), df=p["dof"]).logpdf(x.values) for k in range(2)], axis=0)
         np.testing.assert_allclose(got.values[0, i], want, rtol=1e-6, atol=1e-6)
+
+
+def test_prior_sensitivity_needs_draws_of_the_assignments():
+    from spike_ppl.criticism import prior_sensitivity
+    from spike_ppl.inference import fit
+    from spike_ppl.models import gmm, toy
+    x, _ = toy(n=120, n_units=2, n_features=2, seed=0)
+    with pytest.raises(ValueError, match="gibbs"): prior_sensitivity(fit(gmm(x, 2), "vb", seed=0, progressbar=False))

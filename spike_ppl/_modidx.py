@@ -324,6 +324,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.criticism._nearest': ('criticism.html#_nearest', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism._nearly': ('criticism.html#_nearly', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism._noise_sd': ('criticism.html#_noise_sd', 'spike_ppl/criticism.py'),
+                                     'spike_ppl.criticism._of_partitions': ('criticism.html#_of_partitions', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism._outliers': ('criticism.html#_outliers', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism._overlap': ('criticism.html#_overlap', 'spike_ppl/criticism.py'),
                                      'spike_ppl.criticism._p': ('criticism.html#_p', 'spike_ppl/criticism.py'),

@@ -85,6 +85,10 @@ def _lp(fit):
         if name in stats and stats[name].dims == ("chain", "draw"): return stats[name].values
     return None
 
+def _of_partitions(sizes):
+    "What does not depend on labels, from the sizes of each draw's units, the outliers first (S, 1 + unit): name -> (S,)."
+    return {"units": (sizes[:, 1:] > 0).sum(1), "entropy of the partition [bits]": _entropy(sizes), "spikes in the largest unit": sizes[:, 1:].max(1)}
+
 def _invariants(fit, d, best, seed, n_pairs):
     "Label-invariant quantities: name -> (chain, draw)."
     from spike_ppl.partition import _distances, _f, _one
@@ -96,9 +100,7 @@ def _invariants(fit, d, best, seed, n_pairs):
     lp = _lp(fit)
     if lp is not None and np.isfinite(lp).all(): out["log joint"] = lp
     per = lambda v: _grid(np.asarray(v, float), d.chain, d.draw)
-    out["units"] = per((sizes[:, 1:] > 0).sum(1))
-    out["entropy of the partition [bits]"] = per(_entropy(sizes))
-    out["spikes in the largest unit"] = per(sizes[:, 1:].max(1))
+    out |= {k: per(v) for k, v in _of_partitions(sizes).items()}
     out["distance from the point estimate [bits]"] = per(_distances(labels, p[0], names, blocks, np.ones(n, np.int64), _f("vi", n)))
     rng = np.random.default_rng(seed)
     i, j = rng.integers(0, n, (2, 20 * n_pairs))
@@ -746,15 +748,12 @@ def prior_sensitivity(
     if method in ("vb", "advi") or z not in post:
         raise ValueError(f"prior_sensitivity needs draws of the posterior, assignments among them; this fit is by {method!r}, whose draws are an approximation's or hold none. Fit with method=\"gibbs\".")
     built = _rebuild(fit, model)
-    given = log_likelihood(_with_groups(fit, posterior=post), draws, model)
-    ll = given["log_likelihood"].to_dataset()
+    ll = log_likelihood(fit, draws, model)["log_likelihood"].to_dataset()
     kept = post.sel(draw=ll["draw"])
     continuous = [v.name for v in built.free_RVs if v.dtype.startswith("float")]
     prior = compute_log_prior(xr.DataTree.from_dict(dict(posterior=kept)), var_names=continuous, model=built, progressbar=False)["log_prior"].to_dataset()
     d = _draws(_with_groups(fit, posterior=kept))
-    sizes = _sizes(*_canonical(d.labels))
-    per = lambda v: (("chain", "draw"), _grid(np.asarray(v, float), d.chain, d.draw))
-    quantities = {"units": per((sizes[:, 1:] > 0).sum(1)), "entropy of the partition [bits]": per(_entropy(sizes)), "spikes in the largest unit": per(sizes[:, 1:].max(1))}
+    quantities = {k: (("chain", "draw"), _grid(np.asarray(v, float), d.chain, d.draw)) for k, v in _of_partitions(_sizes(*_canonical(d.labels))).items()}
     quantities |= {k: (("chain", "draw"), kept[k].values) for k in continuous if kept[k].ndim == 2}
     tree = xr.DataTree.from_dict(dict(posterior=xr.Dataset(quantities, coords=dict(chain=kept["chain"], draw=kept["draw"])), log_prior=prior, log_likelihood=ll))
     return az.psense_summary(tree)

@@ -25,8 +25,8 @@ refused by name with `NotConjugate`, never sampled from a wrong distribution."""
 
 # %% auto #0
 __all__ = ['NotConjugate', 'LogJoint', 'log_joint', 'Family', 'Normal', 'Gamma', 'InverseGamma', 'Beta', 'Dirichlet', 'Wishart',
-           'FiniteDiscrete', 'Conditional', 'complete_conditional', 'together', 'pseudo_spikes', 'Derivation', 'derive',
-           'Conjugacy', 'conjugacy']
+           'FiniteDiscrete', 'Conditional', 'complete_conditional', 'together', 'beside', 'pseudo_spikes', 'Derivation',
+           'Scored', 'derive', 'Conjugacy', 'conjugacy']
 
 # %% ../nbs/05_conjugate.ipynb #c6d629b8
 from dataclasses import dataclass, replace
@@ -81,6 +81,7 @@ class LogJoint:
     initial:dict # name -> initial value in natural space, ndarray
     transforms:dict # name -> (transform in the model, the distribution's default transform)
     states:dict|None = None # name -> number of values of the variables that share a spike and are read as one; None when there is only one
+    scores:dict|None = None # name -> columns at the end of the data that stand for a Normal variable of which each spike has its own; None when there is none
     first_families:dict|None = None # found once
     is_head:bool = False # already shortened for checks
 
@@ -803,6 +804,36 @@ def together(
     return replace(joint, free={**keep(joint.free), first: state}, terms=dict(zip(joint.terms, terms)), initial={**keep(joint.initial), first: index},
                    transforms=keep(joint.transforms), states=states, first_families=None)
 
+# %% ../nbs/05_conjugate.ipynb #c0ffee01
+def beside(
+    joint:LogJoint, # log joint of any model
+) -> LogJoint: # the same with the Normal variables of which each spike has its own as further columns of the data
+    "Read what a spike has of its own, a gain or a time shift, as if it had been observed beside the spike; the joint itself if there is nothing of the kind."
+    seen = [k for k, v in joint.data.items() if v.ndim == 2 and v.dtype.kind == "f"]
+    if len(joint.data) != 1 or len(seen) != 1: return joint
+    name = seen[0]
+    n, D = joint.data[name].shape
+    own = {}
+    for k, v in joint.free.items():
+        if v.ndim not in (1, 2) or joint.initial[k].shape[0] != n or not v.dtype.startswith("float") or set(joint.depends(k)) != {k, name}: continue
+        if type(joint.model[k].owner.op).__name__ != "NormalRV": continue
+        own[k] = joint.initial[k].reshape(n, -1).shape[1]
+    if not own: return joint
+    both, swap, at = pt.matrix(name, dtype=joint.observed[name].dtype), {}, D
+    swap[joint.observed[name]] = both[:, :D]
+    for k, width in own.items():
+        v = joint.free[k]
+        swap[v] = pt.cast(both[:, at] if v.ndim == 1 else both[:, at:at + width], v.dtype)
+        at += width
+    terms = dict(zip(joint.terms, clone_replace(list(joint.terms.values()), swap, rebuild_strict=False)))
+    rowwise = lambda t: t.sum(tuple(range(1, t.ndim))) if t.ndim > 1 else t
+    terms[name] = pt.add(rowwise(terms[name]), *(pt.broadcast_to(rowwise(terms.pop(k)), (both.shape[0],)) for k in own))
+    rng = np.random.default_rng(20170101)                     # stand-ins: they are integrated out, never looked at
+    values = [joint.initial[k].reshape(n, -1) + rng.normal(size=(n, width)) for k, width in own.items()]
+    keep = lambda d: {k: x for k, x in d.items() if k not in own}
+    return replace(joint, free=keep(joint.free), terms=terms, observed={name: both}, data={name: np.hstack([joint.data[name], *values])}, initial=keep(joint.initial),
+                   transforms=keep(joint.transforms), scores=own, first_families=None)
+
 # %% ../nbs/05_conjugate.ipynb #f7058dd5
 def _lift(joint):
     "Float arrays and shared variables of the log joint become inputs, so that the same graph serves other data."
@@ -859,7 +890,7 @@ class _Plan:
                 if exact: raise
                 self.others[name] = str(e)
         self.base = {k: self.free[k].type(k + "_base") for k in self.family}
-        self.states = whole.states
+        self.states, self.scores = whole.states, whole.scores
         self._find_assignments()
         self._lower(constant_values)
         if not self.lowered:
@@ -932,8 +963,9 @@ class _Plan:
             u = pt.constant(rng.normal(size=self.joint.initial[name].shape))
             f = _function([self.unit_mean, self.unit_count, *self.free.values(), *self.constants.values()], [_grad((_grad(total, v) * u).sum(), v)])
             other = _random_point(self.joint, self.family, rng)
-            at = lambda point: f(data[rng.integers(len(data), size=self.n_states)].astype(float), count, *(np.asarray(point[k], w.dtype) for k, w in self.free.items()), *constant_values.values())[0]
-            a, b, c = at(point), at(point), at({**point, **{k: other[k] for k in normals}})
+            some, more = (data[rng.integers(len(data), size=self.n_states)].astype(float) for _ in range(2))
+            at = lambda point, rows: f(rows, count, *(np.asarray(point[k], w.dtype) for k, w in self.free.items()), *constant_values.values())[0]
+            a, b, c = at(point, some), at(point, more), at({**point, **{k: other[k] for k in normals}}, some)
             if np.allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(a).max()): self.flat_curvature.add(name)
             if np.allclose(a, c, rtol=1e-9, atol=1e-9 * np.abs(a).max()): self.added.add(name)
 
@@ -1103,7 +1135,7 @@ def _plan_of(joint, exact, known=False):
     for plan in _plans:
         if list(plan.terms) != list(terms) or list(plan.constants) != list(constants): continue
         shapes = lambda j: [j.initial[k].shape for k in j.free if not (plan.lowered and k == plan.assignments)]
-        if plan.states != joint.states or list(plan.free) != list(joint.free) or shapes(plan.joint) != shapes(joint): continue
+        if plan.states != joint.states or plan.scores != joint.scores or list(plan.free) != list(joint.free) or shapes(plan.joint) != shapes(joint): continue
         if [d.shape[1:] if plan.lowered else d.shape for d in joint.data.values()] != [d.shape[1:] if plan.lowered else d.shape for d in plan.joint.data.values()]: continue
         if any((a[0] is None) != (b[0] is None) or type(a[0]) is not type(b[0]) for a, b in zip(joint.transforms.values(), plan.joint.transforms.values())): continue
         mine = [*plan.free.values(), *plan.observed.values(), *plan.constants.values()]
@@ -1163,6 +1195,7 @@ class Derivation:
         if not self.lowered or s is None: return {}
         if self._pseudo[0] is not s:
             rows, weights, units = pseudo_spikes(s)
+            rows, weights, units = rows[weights > 0], weights[weights > 0], units[weights > 0]
             self._pseudo = (s, {("stat", 0): units, ("stat", 1): rows, ("stat", 2): weights, ("stat", 3): s[0], ("stat", 4): s[1]})
         return self._pseudo[1]
 
@@ -1192,11 +1225,17 @@ class Derivation:
         "Log joint of every spike at every unit, by enumeration (for models that are not lowered)."
         name = self.assignments
         return self._call(("logits", name), lambda: self._plan.build_logits(name), self._point(point))[0]
+    def complete(self, point:dict, s, rng): # statistics
+        "The statistics that `natural` takes."
+        return s
     def log_joint(self, point:dict, s=None) -> float: # nats
         "Log joint density of the model at a point (natural space)."
         return float(self._call("log_joint", self._plan.build_log_joint, {**self._point(point), **self._statistics(s)})[0])
 
     # variational Bayes
+    def averaged(self, q:dict, s): # statistics
+        "The statistics that `expected_natural` takes."
+        return s
     def expected_natural(self, name:str, q:dict, s=None) -> tuple: # natural parameters
         "Natural parameters of the optimal q(name), given natural parameters `q` of the others and expected statistics."
         env = {**self._moments(q, name), **self._statistics(s)}
@@ -1219,7 +1258,7 @@ class Derivation:
     @cached_property
     def _deterministic(self):
         plain = _plain(self.model)
-        big = [plain[k] for k in self.states or [self.assignments] if k]
+        big = [plain[k] for k in [*(self.states or [self.assignments]), *(self._plan.scores or ())] if k]
         keep = [d for d in plain.deterministics if not set(ancestors([d])) & {*big, *plain.observed_RVs}]
         if not keep: return [], None, []
         graphs = clone_replace(keep, {rv: self.joint.free[rv.name] for rv in plain.free_RVs if rv not in big}, rebuild_strict=False)
@@ -1232,6 +1271,99 @@ class Derivation:
         names, fn, used = self._deterministic
         return dict(zip(names, fn(*(np.asarray(points[k], dtype=self.joint.free[k].dtype) for k in used)))) if names else {}
 
+# %% ../nbs/05_conjugate.ipynb #c0ffee02
+class Scored(Derivation):
+    "A derivation in which each spike has Normal variables of its own: they are integrated out, spike by spike and state by state, and never held in memory."
+    def __init__(self, joint, plan, constant_values):
+        super().__init__(joint, plan, constant_values)
+        self.scores, self.n_scores = dict(plan.scores), sum(plan.scores.values())
+        self.structure, self.n_features = "full", plan.n_features - sum(plan.scores.values())
+        K, F = self.n_states, plan.n_features
+        self._nothing = np.zeros(K), np.zeros((K, F)), np.zeros((K, F, F))
+        if plan.structure != "full": raise AssertionError("scores without an effect on the spikes")
+
+    @property
+    def data(self): return self.joint.data[self._plan.data_name][:, :self.n_features]
+
+    # the joint density of a spike and its scores, and what remains when the scores are integrated out
+    def joint_quadratic(self, point) -> tuple: # c (K,), b (K, D + r), A (K, D + r, D + r)
+        "`unit_quadratic` of a spike and its scores together."
+        return super().unit_quadratic(point)
+    def expected_joint_quadratic(self, q) -> tuple: # E c, E b, E A
+        "Expectation of `joint_quadratic` under q."
+        return super().expected_quadratic(q)
+    def marginal(self, quadratic) -> tuple: # c (K,), b (K, D), A (K, D, D)
+        "A quadratic function of spike and scores with the scores integrated out."
+        c, b, A = quadratic
+        D = self.n_features
+        mean, slope, cov, half_logdet = _scores_given_spikes(b, A, D)
+        down = np.swapaxes(A[:, D:, :D], 1, 2)
+        out = A[:, :D, :D] - down @ slope
+        return c + .5 * (b[:, D:] * mean).sum(1) - half_logdet + .5 * self.n_scores * np.log(2 * np.pi), b[:, :D] - (down @ mean[..., None])[..., 0], (out + np.swapaxes(out, 1, 2)) / 2
+    def completed(self, quadratic, s, rng=None):
+        "Statistics of spikes and scores together from those of the spikes: expected, or with the scores drawn if `rng` is given."
+        return _with_scores(*quadratic[1:], s, self.n_features, rng)
+    def unit_quadratic(self, point): return self.marginal(self.joint_quadratic(point))
+    def expected_quadratic(self, q): return self.marginal(self.expected_joint_quadratic(q))
+
+    def complete(self, point, s, rng):
+        "Statistics with one draw of all scores, given the assignments' statistics: for the other variables' conditionals."
+        return self.completed(self.joint_quadratic(point), s, rng)
+    def natural(self, name, point, s=None): return super().natural(name, point, s)          # `s` from `complete`
+    def log_joint(self, point, s=None):
+        return super().log_joint(point, self._nothing) + _sum_quadratic(s, self.unit_quadratic(point))
+    def averaged(self, q, s):
+        "Statistics with the scores as expected under their optimal factor, given the assignments' statistics."
+        return self.completed(self.expected_joint_quadratic(q), s)
+    def expected_natural(self, name, q, s=None): return super().expected_natural(name, q, s)    # `s` from `averaged`
+    def energy(self, q, s=None):
+        "As `Derivation.energy`, with the scores' entropy: they have their optimal factor, given the assignments."
+        return super().energy(q, self._nothing) + _sum_quadratic(s, self.expected_quadratic(q))
+
+def _sum_quadratic(s, quadratic):
+    "Sum over spikes of a quadratic function, from statistics."
+    (N, m, S), (c, b, A) = s, quadratic
+    return float((N * c).sum() + (N[:, None] * m * b).sum() - .5 * ((A * S).sum() + (N * np.einsum("ki,kij,kj->k", m, A, m)).sum()))
+
+def _scores_given_spikes(b, A, D):
+    "Mean and covariance of the scores of a spike x: mean + slope' x as (mean (K, r), -slope (K, r, D)), covariance (K, r, r), and half the log determinant of its inverse."
+    cov = np.linalg.inv(A[:, D:, D:])
+    return (cov @ b[:, D:, None])[..., 0], cov @ A[:, D:, :D], cov, .5 * np.linalg.slogdet(A[:, D:, D:])[1]
+
+def _with_scores(b, A, s, D, rng=None):
+    "Statistics (count, mean, scatter) of spikes and scores from those of the spikes."
+    N, m, S = s
+    mean, slope, cov, _ = _scores_given_spikes(b, A, D)
+    K, r = mean.shape
+    out_m, out_S = np.zeros((K, D + r)), np.zeros((K, D + r, D + r))
+    out_m[:, :D], out_m[:, D:] = m, mean - (slope @ m[..., None])[..., 0]
+    out_S[:, :D, :D] = S
+    cross = -slope @ S
+    out_S[:, D:, :D], out_S[:, :D, D:] = cross, np.swapaxes(cross, 1, 2)
+    out_S[:, D:, D:] = -cross @ np.swapaxes(slope, 1, 2)
+    if rng is None: out_S[:, D:, D:] += N[:, None, None] * cov
+    else:
+        for k in np.flatnonzero(N > 0):
+            values, vectors = np.linalg.eigh(S[k])
+            rank = min(int(round(N[k])) - 1, D)
+            root = vectors[:, D - rank:] * np.sqrt(np.maximum(values[D - rank:], 0))          # S = root root'
+            L = np.linalg.cholesky(cov[k])
+            out_m[k, D:] += L @ rng.standard_normal(r) / np.sqrt(N[k])
+            along = L @ rng.standard_normal((r, rank))                                        # noise of the scores along the spikes' own directions
+            rest = L @ rng.standard_normal((r, max(int(round(N[k])) - 1 - rank, 0))) if N[k] < 4 * (D + r) else _wishart_root(L, int(round(N[k])) - 1 - rank, rng)
+            add = along @ root.T
+            out_S[k, D:, :D] += add; out_S[k, :D, D:] += add.T
+            back = -slope[k] @ add.T
+            out_S[k, D:, D:] += back + back.T + along @ along.T + rest @ rest.T
+    return N, out_m, out_S
+
+def _wishart_root(L, dof, rng):
+    "A matrix whose square is Wishart with `dof` degrees of freedom and scale L L'."
+    r = len(L)
+    A = np.tril(rng.standard_normal((r, r)), -1)
+    A[np.diag_indices(r)] = np.sqrt(rng.chisquare(dof - np.arange(r)))
+    return L @ A
+
 # %% ../nbs/05_conjugate.ipynb #d6cf0ce4
 def derive(
     model:pm.Model, # any PyMC model
@@ -1241,6 +1373,12 @@ def derive(
     "Derive all complete conditionals of a model; the same structure met again in this process costs no new derivation or compilation."
     read = lambda verify: log_joint(model, verify) if apart else together(log_joint(model, verify))
     joint = read(verify=False)              # a structure verified before is recognised by its terms
+    if not apart and (wider := beside(joint)) is not joint:
+        plan, values = _plan_of(wider, exact, known=True)
+        if plan is None:
+            wider = beside(read(verify=True))
+            plan, values = _plan_of(wider, exact)
+        if plan.lowered: return Scored(wider, plan, values)
     plan, values = _plan_of(joint, exact, known=True)
     if plan is None:
         joint = read(verify=True)

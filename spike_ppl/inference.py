@@ -30,7 +30,7 @@ __all__ = ['Statistics', 'Pass', 'Spikes', 'Parts', 'parts', 'start_partition', 
            'marginal', 'fit', 'log_density', 'predict']
 
 # %% ../nbs/06_inference.ipynb #8527e0bc
-from .conjugate import _AS_WRITTEN, NotConjugate, complete_conditional, derive
+from .conjugate import _AS_WRITTEN, NotConjugate, Scored, complete_conditional, derive
 
 # %% ../nbs/06_inference.ipynb #eb9eb70c
 class Statistics(NamedTuple):
@@ -730,6 +730,7 @@ class _Gaussian:
                 (T, logT), (C, logC), D = e[k], e[w], self._d.n_features
                 dof = np.broadcast_to(dof, logT.shape)
                 total += float((.5*dof*(logC + D*np.log(a/2)) + .5*(dof - D - 1)*logT - multigammaln(dof/2, D)).sum() - .5*a*(C*T.sum(0)).sum())
+            elif k not in self._prior: continue
             elif p is not None: total += f.logp(self._prior[k], p[k])
             elif f.name in ("Normal", "MvNormal"):
                 m, V = e[k]
@@ -765,10 +766,304 @@ class _Gaussian:
         if any(w == name for w, _, _ in self._common.values()): return other in self._common
         return self._stick is not None and name in self._stick and other in self._stick
 
+# %% ../nbs/06_inference.ipynb #c0ffee11
+class _Factors(_Gaussian):
+    "A mixture of Gaussians in which each spike has scores of its own, in closed form; checked against the derived functions."
+    def _find(self):
+        d, rng = self._d, np.random.default_rng(1)
+        D, r, kinds = d.n_features, d.n_scores, {k: d.family[k].name for k in d.parameters}
+        points = [d.initial(rng) for _ in range(2)]
+        roles, self._kinds, self._plain, self._ok = self._roles, kinds, False, False
+        rows = {k: self._rows(k, points) for k in (*roles.unit, *roles.shared)}
+        means = [k for k in rows if kinds[k] == "MvNormal" and d.family[k].shape[1:] == (D,)]
+        scalars = [k for k in rows if kinds[k] in ("InverseGamma", "Gamma") and d.family[k].shape == ()]
+        noise = lambda k: not np.allclose(*(d.joint_quadratic({**points[0], k: p[k]})[2][:, :D, :D] for p in points))          # of the spikes, or else of the scores
+        self._white = [k for k in scalars if noise(k)]                     # one variance of all features
+        spreads = [k for k in rows if kinds[k] == "Wishart" and d.family[k].shape[-2:] == (D, D)] + self._white
+        widths = [k for k in scalars if k not in self._white]
+        if not means or not spreads or set(rows) - {*means, *spreads, *widths} or any(r is None for r in rows.values()): return
+        if not all(kinds[k] in ("Dirichlet", "Beta") for k in roles.weights): return
+        if not np.all(np.sum([rows[k] >= 0 for k in spreads], axis=0) == 1): return
+        self._means, self._spreads, self._widths = means, spreads, widths
+        self._own = {k: np.flatnonzero(rows[k] >= 0) for k in (*means, *spreads)}
+        self._row = {k: rows[k][rows[k] >= 0] for k in (*means, *spreads)}
+        self._live, self._fixed = np.arange(d.n_states), np.arange(0)
+        # how every row enters the mean of its states: a number, and a number per score
+        c0, b0, A0 = d.joint_quadratic(points[0])
+        T = A0[:, :D, :D]
+        if not all(np.allclose(T[self._own[k]], np.eye(D)*self._spread_values(k, np.asarray(points[0][k]))[0][0, 0, 0], rtol=1e-7, atol=1e-9) for k in self._white): return
+        self._coefficient = {}
+        for k in means:
+            own, row = self._own[k], self._row[k]
+            _, b, A = d.joint_quadratic({**points[0], k: points[1][k]})
+            move = (np.asarray(points[1][k]) - np.asarray(points[0][k]))[row]
+            effect = np.linalg.solve(T[own], np.concatenate([(b - b0)[own, :D, None], (A0 - A)[own, :D, D:]], axis=2))       # (state, D, 1 + r)
+            a = np.einsum("kd,kdj->kj", move, effect)/(move**2).sum(1)[:, None]
+            if not np.allclose(effect, move[:, :, None]*a[:, None, :], rtol=1e-6, atol=1e-8*np.abs(move).max()): return
+            self._coefficient[k] = a
+        # prior mean and precision of the scores; a precision may be one of the variables
+        e = self._point_values(points[0])
+        M, _ = self._loaded(e)
+        own = A0[:, D:, D:] - np.einsum("kdi,kde,kej->kij", M[:, :, 1:], T, M[:, :, 1:])
+        tau = np.diagonal(own, axis1=1, axis2=2)
+        if not np.allclose(own, own[0]) or not np.allclose(own[0], np.diag(tau[0]), rtol=1e-7, atol=1e-7*np.abs(A0[:, D:, D:]).max()): return
+        centre = (b0[:, D:] + np.einsum("kdi,kde,ke->ki", M[:, :, 1:], T, M[:, :, 0]))/tau
+        if not np.allclose(centre, centre[0], rtol=1e-6, atol=1e-7): return
+        self._score_mean, self._score_precision, self._score_width = centre[0], tau[0].copy(), [None]*r
+        for k in widths:
+            v = float(points[0][k])
+            at = np.flatnonzero(np.isclose(tau[0], 1/v if kinds[k] == "InverseGamma" else v, rtol=1e-6))
+            if not len(at): return
+            for j in at: self._score_width[j] = k
+        # priors
+        empty = [{k: d.natural(k, p, d._nothing) for k in d.parameters} for p in points]
+        same = lambda k: all(np.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(empty[0][k], empty[1][k]))
+        self._prior = {k: empty[0][k] for k in d.parameters if same(k)}
+        self._find_stick(points, empty)
+        self._find_common(points, empty)
+        self._find_sizes(points, empty)
+        if set(d.parameters) - {*self._prior, *(self._stick[1:] if self._stick else ()), *self._common, *self._sized}: return
+        if "counts" not in _cache(d):
+            table, p = {}, points[0]
+            N0, m0, S0 = d._nothing
+            for k in roles.weights:
+                base, per_state = d.natural(k, p, d._nothing), []
+                for u in range(d.n_states):
+                    N = N0.copy(); N[u] = 1
+                    per_state.append([a - b for a, b in zip(d.natural(k, p, (N, m0, S0)), base)])
+                table[k] = [np.stack([r[i] for r in per_state]) for i in range(len(base))]
+            _cache(d)["counts"] = table
+        self._counts = _cache(d)["counts"]
+        self._constants = None
+        self._constants = c0 - self._joint_quadratic(self._values(points[0]))[0]
+        self._ok = True
+
+    def _find_sizes(self, points, empty):
+        "Rows whose prior variance is proportional to one learned number per row: name of the rows -> name of the numbers; of the numbers the prior."
+        d, self._sized, D = self._d, {}, self._d.n_features
+        loose = [k for k in d.parameters if k not in self._prior]
+        for w in (k for k in loose if self._kinds[k] == "InverseGamma" and len(d.family[k].shape) == 1):
+            users = {}
+            for v in (k for k in loose if k in self._means and d.family[k].shape[0] == d.family[w].shape[0]):
+                base = [(e[v][0]*p[w][:, None, None], e[v][1]*p[w][:, None]) for e, p in zip(empty, points)]
+                if all(np.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(*base)): users[v] = base[0]
+            if not users: continue
+            prior = []
+            for e, p in zip(empty, points):
+                a, b = e[w]
+                for v, (P, h) in users.items():
+                    off = np.asarray(p[v]) - np.linalg.solve(P, h[..., None])[..., 0]
+                    a, b = a - D/2, b - .5*np.einsum("ki,kij,kj->k", off, P, off)
+                prior.append((a, b))
+            if not all(np.allclose(x, y, rtol=1e-6, atol=1e-8) for x, y in zip(*prior)): continue
+            self._prior[w] = prior[0]
+            for v, (P, h) in users.items(): self._sized[v] = w, P, np.linalg.solve(P, h[..., None])[..., 0]
+
+    # -- values and expectations
+    def _spread_values(self, name, v):
+        if name not in self._white: return super()._spread_values(name, v)
+        precision = 1/v if self._kinds[name] == "InverseGamma" else v
+        return precision*np.eye(self._d.n_features)[None], self._d.n_features*np.log(precision)[None]
+
+    def _point_values(self, p):
+        e = {k: (np.asarray(p[k]), None) for k in self._means}
+        for k in self._spreads:
+            v = p[k]
+            e[k] = self._remember(("v", k), (v,), lambda: self._spread_values(k, np.asarray(v)))
+        return e
+
+    def _values(self, p):
+        e = self._point_values(p)
+        for k in self._roles.weights:
+            w = np.asarray(p[k])
+            e[k] = [np.log(w)] if self._d.family[k].name == "Dirichlet" else [np.log(w), np.log1p(-w)]
+        if self._stick: e[self._stick[0]] = np.log(p[self._stick[0]]), np.asarray(p[self._stick[0]])
+        for w, _, _ in self._common.values(): e[w] = p[w], np.linalg.slogdet(p[w])[1]
+        for k in (*self._widths, *(w for w, _, _ in self._sized.values())):
+            v = np.asarray(p[k])
+            e[k] = (1/v, np.log(v)) if self._kinds[k] == "InverseGamma" else (v, -np.log(v))                  # precision, log variance
+        return e
+
+    def _factor(self, name, natural):
+        if name in self._widths or any(name == w for w, _, _ in self._sized.values()):
+            st = self._d.family[name].statistics(natural)
+            return (st["inverse"], st["log"]) if self._kinds[name] == "InverseGamma" else (st["x"], -st["log"])
+        if name in self._white:
+            st, D = self._d.family[name].statistics(natural), self._d.n_features
+            precision, log_variance = (st["inverse"], st["log"]) if self._kinds[name] == "InverseGamma" else (st["x"], -st["log"])
+            return precision*np.eye(D)[None], -D*np.reshape(log_variance, 1)
+        return super()._factor(name, natural)
+
+    def _loaded(self, e):
+        "Mean of every state's spikes as a linear function of (1, scores): (K, D, 1 + r); and what the rows' own uncertainty adds to its square: [(rows, coefficients, covariances)]."
+        K, D, r = self._d.n_states, self._d.n_features, self._d.n_scores
+        M, spread = np.zeros((K, D, 1 + r)), []
+        for k in self._means:
+            own, row, a = self._own[k], self._row[k], self._coefficient[k]
+            M[own] += e[k][0][row][:, :, None]*a[:, None, :]
+            if e[k][1] is not None: spread.append((own, a, e[k][1][row]))
+        return M, spread
+
+    def _joint_quadratic(self, e):
+        d = self._d
+        K, D, r = d.n_states, d.n_features, d.n_scores
+        (T, logT), (M, spread) = self._precisions(e), self._loaded(e)
+        TM = T @ M
+        square = np.swapaxes(M, 1, 2) @ TM                                              # (K, 1 + r, 1 + r)
+        for own, a, V in spread: square[own] += a[:, :, None]*a[:, None, :]*np.einsum("kij,kji->k", T[own], V)[:, None, None]
+        tau, log_tau = self._score_precision.copy(), np.log(self._score_precision)
+        for j, k in enumerate(self._score_width):
+            if k is not None: tau[j], log_tau[j] = e[k][0], -e[k][1]
+        c = .5*(logT - D*np.log(2*np.pi) - square[:, 0, 0]) + .5*(log_tau - np.log(2*np.pi) - tau*self._score_mean**2).sum()
+        for k in self._roles.weights:
+            for J, l in zip(self._counts[k], e[k]): c += np.tensordot(J, l, l.ndim)
+        b, A = np.empty((K, D + r)), np.empty((K, D + r, D + r))
+        b[:, :D], b[:, D:] = TM[:, :, 0], tau*self._score_mean - square[:, 0, 1:]
+        A[:, :D, :D], A[:, :D, D:] = T, -TM[:, :, 1:]
+        A[:, D:, :D], A[:, D:, D:] = -np.swapaxes(TM[:, :, 1:], 1, 2), square[:, 1:, 1:] + np.diag(tau)
+        return (c if self._constants is None else c + self._constants), b, A
+
+    def _quadratic(self, e): return self._d.marginal(self._joint_quadratic(e))
+
+    def _summed(self, name, values):
+        rows = self.__dict__.setdefault("_indicator", {})
+        if name not in rows:
+            shape = self._d.family[name].shape
+            rows[name] = np.zeros((shape[0] if self._has_rows(name) or name in self._means else 1, len(self._row[name])))
+            rows[name][self._row[name], np.arange(len(self._row[name]))] = 1.
+        return (rows[name] @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+
+    # -- the formulas; `s` are statistics of spikes and scores together
+    def _natural(self, name, e, s):
+        d = self._d
+        D = d.n_features
+        N, mean, S = s
+        if name in self._means or name in self._spreads or name in self._widths: G, Y = self._remember("moments", (mean, S), lambda: self._moments_of(N, mean, S))
+        if name in self._means:
+            own, a = self._own[name], self._coefficient[name]
+            T, (M, _) = self._precisions(e)[0], self._loaded(e)
+            M[own] -= e[name][0][self._row[name]][:, :, None]*a[:, None, :]
+            weight = np.einsum("ki,kij,kj->k", a, G[own], a)
+            rest = np.einsum("kdi,ki->kd", Y[own] - M[own] @ G[own], a)
+            if name in self._sized:
+                w, P0, centre = self._sized[name]
+                P0 = P0*e[w][0][:, None, None]
+                h0 = np.einsum("kij,kj->ki", P0, centre)
+            else: P0, h0 = self._prior[name]
+            return P0 + self._summed(name, weight[:, None, None]*T[own]), h0 + self._summed(name, np.einsum("kij,kj->ki", T[own], rest))
+        if name in self._spreads:
+            own = self._own[name]
+            a, b = self._prior[name] if name not in self._common else (self._common[name][2], self._common[name][1]*e[self._common[name][0]][0])
+            def about_means():
+                M, spread = self._loaded(e)
+                YM = Y @ np.swapaxes(M, 1, 2)
+                second = S[:, :D, :D] + N[:, None, None]*mean[:, :D, None]*mean[:, None, :D] - YM - np.swapaxes(YM, 1, 2) + M @ G @ np.swapaxes(M, 1, 2)
+                for at, co, V in spread: second[at] += np.einsum("ki,kij,kj->k", co, G[at], co)[:, None, None]*V
+                return second
+            second = self._remember("about means", (mean, S, *(e[k] for k in self._means)), about_means)
+            N, second = self._remember(("summed", name), (N, second), lambda: (self._summed(name, N[own]), self._summed(name, second[own])))
+            if name in self._white: return np.asarray(a + .5*D*N[0]), np.asarray(b + .5*np.trace(second[0]))
+            return (a + N, b + second) if self._has_rows(name) else (a + N[0], b + second[0])
+        if name in self._widths:
+            a, b = self._prior[name]
+            at = [j for j, k in enumerate(self._score_width) if k == name]
+            off = sum((G[:, 1 + j, 1 + j] - 2*self._score_mean[j]*G[:, 0, 1 + j]).sum() + self._score_mean[j]**2*N.sum() for j in at)
+            return np.asarray(a + .5*len(at)*N.sum()), np.asarray(b + .5*off)
+        users = [(v, P, c) for v, (w, P, c) in self._sized.items() if w == name]
+        if users:
+            a, b = self._prior[name]
+            for v, P, c in users: a, b = a + D/2, b + .5*self._distance(e[v], P, c)
+            return a, b
+        return super()._natural(name, e, s)
+
+    def _moments_of(self, N, mean, S):
+        "Sums over every state's spikes of (1, scores) (1, scores)' and of x (1, scores)'."
+        D = self._d.n_features
+        first = np.concatenate([np.ones((len(N), 1)), mean[:, D:]], 1)
+        G = N[:, None, None]*first[:, :, None]*first[:, None, :]; G[:, 1:, 1:] += S[:, D:, D:]
+        Y = N[:, None, None]*mean[:, :D, None]*first[:, None, :]; Y[:, :, 1:] += S[:, :D, D:]
+        return G, Y
+
+    @staticmethod
+    def _distance(value, P, centre):
+        "Expected squared distance of rows from their prior's centre."
+        m, V = value
+        off = m - centre
+        return np.einsum("ki,kij,kj->k", off, P, off) + (0 if V is None else np.einsum("kij,kji->k", P, V))
+
+    def _priors(self, e, p, q):
+        total, D = 0., self._d.n_features
+        for v, (w, P, c) in self._sized.items():
+            total += .5*float((np.linalg.slogdet(P)[1] - D*np.log(2*np.pi) - D*e[w][1] - e[w][0]*self._distance(e[v], P, c)).sum())
+        return total + super()._priors(e, p, q)
+
+    def _compare(self):
+        if not self._ok: return frozenset()
+        d, rng, good = self._d, np.random.default_rng(2), set()
+        near = lambda a, b: all(np.shape(x) == np.shape(y) and np.allclose(x, y, rtol=1e-7, atol=1e-7*(1e-3 + np.abs(y).max(initial=0))) for x, y in zip(a, b))
+        trials = []
+        for _ in range(2):
+            p = d.initial(rng)
+            some = rng.choice(d.n_states, min(12, d.n_states), replace=False)              # the derived functions cost time for every state with spikes
+            z = rng.choice(some, size=40*len(some))
+            x = rng.normal(size=(len(z), d.n_features))*2 + np.asarray(p[self._means[0]])[z % len(p[self._means[0]])]
+            s, q = _hard_statistics(x, z, d.n_states, True), {k: _around(d.family[k], p[k]) for k in d.parameters}
+            trials.append((p, s, q))
+        whole = [d.complete(p, s, np.random.default_rng(3)) for p, s, q in trials]
+        if all(near(self._joint_quadratic(self._values(p)), d.joint_quadratic(p)) for p, s, q in trials): good.add("quadratic")
+        for k in d.parameters:
+            if "quadratic" in good and all(near(self._natural(k, self._values(p), w), d.natural(k, p, w)) and self._averages(k, p, w, rng, near) for (p, s, q), w in zip(trials, whole)): good.add(k)
+        if "quadratic" in good and all(near([self._joint(self._values(p), s, p, None)], [d.log_joint(p, s)]) and
+                                       near([_data_term(w, self._joint_quadratic(e)) + self._priors(e, None, q)], [super(Scored, d).energy(q, Statistics(*w))])
+                                       for (p, s, q), w in zip(trials, whole) for e in (self._expected(q),)): good.add("joint")
+        return frozenset(good)
+
+    def stir(self, q, s, units=None):
+        "Point the rows that only scores multiply, of some or all units, where these units' spikes spread most beyond the noise: at zero they would stay there, since either sign is as good."
+        names = [k for k in self._means if k in self._roles.unit and not self._coefficient[k][:, 0].any()]
+        if not names or "quadratic" not in self._checked: return q
+        d = self._d
+        T = self._precisions(self._expected({k: q[k] for k in d.parameters}))[0]
+        states = np.arange(d.n_states).reshape(-1, d.n_units).T
+        new = {k: [np.array(v) for v in q[k]] for k in names}
+        for unit in range(d.n_units) if units is None else units:
+            k = states[unit][np.argmax(s.count[states[unit]])]
+            if s.count[k] < 3 or unit >= len(new[names[0]][0]): continue
+            L = np.linalg.cholesky(T[k])
+            values, vectors = np.linalg.eigh(L.T @ (s.scatter[k]/s.count[k]) @ L)
+            for j, name in enumerate(names[:len(values)]):
+                P, h = new[name]
+                h[unit] = P[unit] @ np.linalg.solve(L.T, vectors[:, -1 - j])*np.sqrt(max(values[-1 - j] - 1, .05))
+        return {**q, **{k: tuple(v) for k, v in new.items()}}
+
+    def _averages(self, name, p, w, rng, near):
+        """Whether the formula for uncertain rows is the average of the formula for certain ones. Every other variable enters its own statistics linearly, and a
+        mean's two signs of one random deviation have the average of a quadratic function: rows certain but for one variable, two values of it."""
+        for k in self._means:
+            if k == name: continue
+            e = self._values(p)
+            m = e[k][0]
+            u = rng.normal(size=m.shape)
+            mean = self._natural(name, {**e, k: (m, u[:, :, None]*u[:, None, :])}, w)
+            plus, minus = (self._natural(name, {**e, k: (m + sign*u, None)}, w) for sign in (1, -1))
+            if not near(mean, [(a + b)/2 for a, b in zip(plus, minus)]): return False
+        return True
+
+    # -- the Derivation's own names
+    def complete(self, point, s, rng):
+        if "quadratic" not in self._checked: return self._d.complete(point, s, rng)
+        return self._d.completed(self._joint_quadratic(self._values(point)), s, rng)
+    def averaged(self, q, s):
+        if "quadratic" not in self._checked: return self._d.averaged(q, s)
+        return self._d.completed(self._joint_quadratic(self._expected({k: q[k] for k in self._d.parameters})), s)
+    def expected_natural(self, name, q, s=None):
+        if name not in self._checked: return self._d.expected_natural(name, q, s)
+        return self._natural(name, self._expected({k: q[k] for k in self._d.parameters}), s)
+
 # %% ../nbs/06_inference.ipynb #6aef41d1
 def _fast(d):
     "The derivation, in closed form where that is recognised."
-    return _Gaussian(d) if d.lowered else d
+    return (_Factors if isinstance(d, Scored) else _Gaussian)(d) if d.lowered else d
 
 # %% ../nbs/06_inference.ipynb #9e0140b0
 def start_partition(
@@ -801,10 +1096,11 @@ def _settle(d, q, s, sweeps=1):
     "Update every parameter's factor in turn, in place; precisions and the covariance they share, which pull each other along slowly, until they agree."
     tied, = getattr(d, "tied", None) or ((),)
     for _ in range(sweeps):
-        for name in d.parameters: q[name] = d.expected_natural(name, q, s)
+        whole = d.averaged(q, s)
+        for name in d.parameters: q[name] = d.expected_natural(name, q, whole)
         for _ in range(40 if tied else 0):
             old = np.diagonal(q[tied[0]][1])
-            for name in tied: q[name] = d.expected_natural(name, q, s)
+            for name in tied: q[name] = d.expected_natural(name, q, whole)
             if np.abs(np.diagonal(q[tied[0]][1])/old - 1).max() < 2e-3: break
     return q
 
@@ -814,7 +1110,18 @@ def _elbo(d, q, s, entropy):
 
 def _first_factors(d, s, sweeps=3):
     "Factors that fit the statistics of a starting partition."
-    return _settle(d, {k: _around(d.family[k], v) for k, v in d.initial().items() if k in d.parameters}, s, sweeps)
+    q = _settle(d, {k: _around(d.family[k], v) for k, v in _apart(d).items() if k in d.parameters}, s, sweeps)
+    return _settle(d, _stirred(d, q, s), s, sweeps) if getattr(d, "scores", None) else q
+
+def _apart(d):
+    "PyMC's initial point; where spikes have scores, with Normal variables a little off it, lest what the scores multiply be exactly zero."
+    start, rng = d.initial(), np.random.default_rng(20170101)
+    if not getattr(d, "scores", None): return start
+    return {k: v + .1*rng.normal(size=np.shape(v)) if k in d.parameters and d.family[k].name in ("Normal", "MvNormal") else v for k, v in start.items()}
+
+def _stirred(d, q, s, units=None):
+    "The factors with what only scores multiply set afresh, where the derivation knows how."
+    return d.stir(q, s, units) if hasattr(d, "stir") else q
 
 # %% ../nbs/06_inference.ipynb #7de5e459
 class _State(NamedTuple):
@@ -902,7 +1209,7 @@ class _Local:
         first, second = state.R[:, self.states[i]], state.R[:, self.states[j]]
         change = self.entropy(first + second) - self.entropy(first) - self.entropy(second)
         t = self.pooled(state.s, i, j)
-        q = _settle(self.d, dict(state.q), t, 2)
+        q = _settle(self.d, _stirred(self.d, dict(state.q), t, [i]), t, 2)
         return _elbo(self.d, q, t, state.entropy + change) - state.elbo, q
 
     def joined(self, R, i, j):
@@ -945,6 +1252,7 @@ class _Local:
             t = _unlift(both.sum(0), both.T @ phi, self.full, self.centre)
             for v, u in zip((N, m, S), t): v[ab] = u
             s = Statistics(N.copy(), m.copy(), S.copy())
+            if scan == 1: q = _stirred(self.d, q, s, [k, j])
             q = _settle(self.d, q, s, 2 if scan == 0 else 1)
             if min(s.count[a].sum(), s.count[b].sum()) < 1.5: return -np.inf, None, None
             if scan == scans - 1: break
@@ -1170,8 +1478,9 @@ def gibbs_step(
 ) -> Sweep:
     "One sweep: every variable from its complete conditional, the assignments last."
     point, s = dict(state.point), state.statistics
+    whole = d.complete(point, s, rng)
     for name in d.parameters:
-        if names is None or name in names: point[name] = d.family[name].draw(d.natural(name, point, s), rng)
+        if names is None or name in names: point[name] = d.family[name].draw(d.natural(name, point, whole), rng)
     z = d.assignments
     if z is None or (names is not None and z not in names): return Sweep(point, s, np.nan)
     if d.lowered:
@@ -1198,7 +1507,8 @@ class _SplitMerge:
         self.x = x.reshape(len(x), -1)
         self.full = d.structure == "full"
         self.roles = roles or parts(d)
-        if d.n_states > d.n_units: self.reason = "each spike has several discrete variables"
+        if getattr(d, "scores", None): self.reason = "each spike has continuous variables of its own"
+        elif d.n_states > d.n_units: self.reason = "each spike has several discrete variables"
         elif not self.roles.unit: self.reason = "no variable belongs to one unit alone"
         elif self.weights_variable() is None: self.reason = "no conjugate variable holds the weights"
         elif (~self.roles.fixed).sum() < 2: self.reason = "fewer than two units can move"
@@ -1420,7 +1730,8 @@ def _first_sweep(d, spikes, rng, subset, start=None):
     s = _hard_statistics(x, z, d.n_states, d.structure == "full")
     if start is None:
         for _ in range(3):
-            for name in d.parameters: point[name] = d.family[name].draw(d.natural(name, point, s), rng)
+            whole = d.complete(point, s, rng)
+            for name in d.parameters: point[name] = d.family[name].draw(d.natural(name, point, whole), rng)
     return Sweep(point, s, np.nan)
 
 # %% ../nbs/06_inference.ipynb #0d8a39f6

@@ -137,12 +137,12 @@ def _within(x, k, seed=0, limit=2000, rounds=10):
 def default_priors(
     features, # DataArray (spike, feature) or array (n, d)
     n_units:int=10, # units expected, for the guess of the spread within one
-) -> dict: # mean (d,), mean_sd (d,), variance_shape, variance_scale (d,), dof, weight_concentration, concentration_shape, concentration_rate, scale_shape, outlier_scale, outlier_odds, common_dof, collision_dof, collision_scale, collision_odds, kind_dof, kind_scale
+) -> dict: # mean (d,), mean_sd (d,), variance_shape, variance_scale (d,), dof, weight_concentration, concentration_shape, concentration_rate, scale_shape, outlier_scale, outlier_odds, common_dof, size_shape, direction_scale, collision_dof, collision_scale, collision_odds, kind_dof, kind_scale
     "The numbers that the models' default priors are made of; change some and hand them back as `priors=`."
     x, names, _ = _check(features, n_units, "n_units")
     return dict(mean=_round(x.mean(0), 3), mean_sd=_round(x.std(0)), variance_shape=2., variance_scale=_round(_within(x, n_units)),
                 dof=len(names) + 2., weight_concentration=1., concentration_shape=1., concentration_rate=1., scale_shape=1., outlier_scale=4., outlier_odds=19.,
-                common_dof=len(names) + 32., collision_dof=len(names) + 102., collision_scale=1., collision_odds=9.,
+                common_dof=len(names) + 1000., size_shape=2., direction_scale=.03, collision_dof=len(names) + 102., collision_scale=1., collision_odds=9.,
                 kind_dof=len(names) + 22., kind_scale=4.)
 
 # %% ../nbs/04_models.ipynb #4cdfcba9
@@ -389,14 +389,15 @@ def collisions(
     features, # DataArray (spike, feature) or array (n, d)
     n_units:int, # number of units, or the most there can be
     kinds:int=12, # kinds of collision, each with a displacement of its own, besides a broad one; 0: only the broad one
+    directions:int=2, # directions in which a unit's own spikes vary more than noise, as with amplitude and time of the trough; 0: none
     weights:str="dirichlet", # "dirichlet", "sticks" or "mfm"
     priors:dict|None=None, # changes to `default_priors(features, n_units)`
-) -> pm.Model: # free variables weights, means, common_covariance, precisions, collision_precision, collided_fraction, assignments, collided (displacements, kind_precisions, kind_shares); observed features
-    """Mixture of Gaussians with alike covariances, in which a spike may have collided with another, which displaces it whatever its unit.
+) -> pm.Model: # free variables weights, means, common_covariance, precisions, collision_precision, collided_fraction, assignments, collided (sizes, loadings_0, scores_0, ...; displacements, kind_precisions, kind_shares); observed features
+    """Mixture of Gaussians that share their noise, whose spikes vary in a few directions of their unit's own, and may have collided with another, which displaces them whatever their unit.
 
-    Raises `ValueError` for `kinds` below 0, or degrees of freedom too few for the covariances to have a mean."""
+    Raises `ValueError` for `kinds` or `directions` below 0, or degrees of freedom too few for the covariances to have a mean."""
     x, names, _ = _check(features, n_units, "n_units")
-    kinds, d = (_count(kinds, "kinds") if kinds else 0), len(names)
+    kinds, directions, d = (_count(kinds, "kinds") if kinds else 0), (_count(directions, "directions") if directions else 0), len(names)
     coords = _coords(x, names, None, "full", n_units) | dict(stick=np.arange(n_units - 1), kind=np.arange(kinds))
     priors = _priors(x, n_units, priors, d)
     scale, square = np.asarray(priors["variance_scale"]), ("feature", "feature_bis")
@@ -404,31 +405,35 @@ def collisions(
         if priors[name] < d + 2: raise ValueError(f"priors[{name!r}]={priors[name]}, expected at least {d + 2} for {d} features (so that the covariances have a mean).")
     with pm.Model(coords=coords) as model:
         w = _weights(weights, priors, n_units)
-        means = pm.Normal("means", mu=priors["mean"], sigma=priors["mean_sd"], dims=("unit", "feature"))
+        spans = 1. if not directions else pt.sqrt(pm.InverseGamma("sizes", alpha=priors["size_shape"], beta=priors["size_shape"] - 1, dims="unit"))[:, None]
+        means = pm.Normal("means", mu=priors["mean"], sigma=spans * priors["mean_sd"], dims=("unit", "feature"))
         common = pm.Wishart("common_covariance", nu=d + 2, V=(np.diag(scale) if scale.ndim == 1 else scale) / (d + 2), dims=square)
         dof = priors["common_dof"]
         precisions = pm.Wishart("precisions", nu=dof, V=pt.linalg.inv(common) / (dof - d - 1), shape=(n_units, d, d), dims=("unit", *square))
-        covariances = pm.Deterministic("covariances", pt.linalg.inv(precisions), dims=("unit", *square))
+        noise = pt.linalg.inv(precisions)
         dof = priors["collision_dof"]
         broad = _round(np.cov(x.T).reshape(d, d) * priors["collision_scale"], 3) * (dof - d - 1)
         collision_precision = pm.Wishart("collision_precision", nu=dof, V=np.linalg.inv(broad), dims=square)
+        spread, where = [noise, pt.linalg.inv(collision_precision)[None]], pt.zeros((2, d))
         fraction = pm.Beta("collided_fraction", 1., priors["collision_odds"])
         z = pm.Categorical("assignments", p=w, dims="spike")
-        if not kinds:
-            collided = pm.Bernoulli("collided", p=fraction, dims="spike")
-            spread = pt.concatenate([covariances, pt.broadcast_to(pt.linalg.inv(collision_precision), (n_units, d, d))])
-            pm.MvNormal("features", mu=means[z], cov=spread[z + n_units * collided], observed=x, dims=("spike", "feature"))
+        if not kinds: collided = pm.Bernoulli("collided", p=fraction, dims="spike")
         else:
             displacements = pm.Normal("displacements", 0., priors["mean_sd"], dims=("kind", "feature"))
             dof = priors["kind_dof"]
             kind_precisions = pm.Wishart("kind_precisions", nu=dof, V=pt.linalg.inv(common) / (priors["kind_scale"] * (dof - d - 1)), shape=(kinds, d, d), dims=("kind", *square))
             shares = pm.Dirichlet("kind_shares", np.ones(kinds + 1))          # the broad one first
             collided = pm.Categorical("collided", p=pt.concatenate([(1 - fraction)[None], fraction * shares]), dims="spike")
-            spread = pt.concatenate([covariances, pt.linalg.inv(collision_precision)[None], pt.linalg.inv(kind_precisions)])
-            where = pt.concatenate([pt.zeros((2, d)), displacements])
-            row = pt.where(pt.eq(collided, 0), z, n_units - 1 + collided)
-            pm.MvNormal("features", mu=means[z] + where[collided], cov=spread[row], observed=x, dims=("spike", "feature"))
-    return _finish(model, "collisions", dict(n_units=int(n_units), kinds=kinds, weights=weights), priors)
+            spread, where = [*spread, pt.linalg.inv(kind_precisions)], pt.concatenate([where, displacements])
+        mu, own = means[z] + where[collided], noise
+        for j in range(directions):
+            loadings = pm.Normal(f"loadings_{j}", 0., spans * np.asarray(priors["direction_scale"] * priors["mean_sd"]), dims=("unit", "feature"))
+            mu = mu + loadings[z] * pm.Normal(f"scores_{j}", 0., 1., dims="spike")[:, None]
+            own = own + loadings[:, :, None] * loadings[:, None, :]
+        pm.Deterministic("covariances", own, dims=("unit", *square))
+        row = pt.where(pt.eq(collided, 0), z, n_units - 1 + collided)
+        pm.MvNormal("features", mu=mu, cov=pt.concatenate(spread)[row], observed=x, dims=("spike", "feature"))
+    return _finish(model, "collisions", dict(n_units=int(n_units), kinds=kinds, directions=directions, weights=weights), priors)
 
 # %% ../nbs/04_models.ipynb #aa744b38
 def _time_derivative(n_time, n_channels, whitening):

@@ -265,6 +265,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.conjugate._simplex': ('conjugate.html#_simplex', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._total': ('conjugate.html#_total', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._unchecked': ('conjugate.html#_unchecked', 'spike_ppl/conjugate.py'),
+                                     'spike_ppl.conjugate._with_width': ('conjugate.html#_with_width', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate.complete_conditional': ( 'conjugate.html#complete_conditional',
                                                                                    'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate.conjugacy': ('conjugate.html#conjugacy', 'spike_ppl/conjugate.py'),

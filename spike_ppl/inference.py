@@ -970,6 +970,13 @@ class _Local:
         new[rows] += share[rows, None]*softmax(l, axis=1)
         return new
 
+    def absorbed(self, R, k, j, state):
+        "All spikes of unit k in one state of unit j."
+        new = R.copy()
+        new[:, self.states[k]] = 0
+        new[:, self.states[j][state]] += R[:, self.states[k]].sum(1)
+        return new
+
     def sort(self, state):
         free = np.flatnonzero(~self.roles.fixed)
         order = free[np.argsort(-self.sizes(state.s)[free], kind="stable")]
@@ -1008,7 +1015,7 @@ class _Local:
         d, roles = self.d, self.roles
         for _ in range(rounds):
             before = state.elbo
-            for how in ("death", "merge", "split"):
+            for how in ("death", "merge", "absorb", "split"):
                 state = getattr(self, "_try_" + how)(state)
                 progress(state)
             state = self.sort(state) or state
@@ -1040,6 +1047,29 @@ class _Local:
             if new is None: self.failed[mark] = True
             else: state = new
         return state
+
+    def _try_absorb(self, state):
+        "Where units have several states: a unit may be a near unit's spikes in a state that hardly any spike is in."
+        if self.states.shape[1] < 3: return state
+        for k in np.argsort(self.sizes(state.s), kind="stable"):
+            N = self.sizes(state.s)
+            if self.roles.fixed[k] or N[k] < 1: continue
+            for j in self._near(state, k, 3):
+                mark = ("absorb", k, j, self._mark(state, k, j))
+                if mark in self.failed: continue
+                vacant = 1 + int(np.argmin(state.s.count[self.states].sum(0)[1:]))
+                new = self._judge(state, self.absorbed(state.R, k, j, vacant), state.q)
+                if new is not None: state = new; break
+                self.failed[mark] = True
+        return state
+
+    def _near(self, state, k, most):
+        "The units with spikes that are nearest to a unit."
+        N = self.sizes(state.s)
+        live = np.flatnonzero((N >= 1) & ~self.roles.fixed & (np.arange(len(N)) != k))
+        m = (state.s.count[self.states][..., None]*state.s.mean[self.states]).sum(1)/np.maximum(N, 1e-300)[:, None]
+        S = state.s.scatter.sum(0)
+        return live[np.argsort(((m[live] - m[k])**2/((np.diag(S) if self.full else S) + 1e-300)).sum(1), kind="stable")[:most]]
 
     def _try_split(self, state):
         for k in np.argsort(-self.sizes(state.s), kind="stable"):

@@ -90,7 +90,7 @@ def hit_units(seed, n=600, d=3, kinds=2, share=.2):
     for k in range(kinds): x[hit == 2 + k] = (means[unit] + displacement[k] + 1.5*rng.normal(size=(n, d)))[hit == 2 + k]
     return x, unit, hit
 
-@pytest.mark.parametrize("seed", [0, 4, 5])
+@pytest.mark.parametrize("seed", [0, 3, 9])      # from 3 and 9 a displaced group starts as a unit
 def test_units_are_recovered_through_two_kinds_of_collision(seed):
     x, unit, hit = hit_units(seed)
     p = fit(collisions(x, 6, kinds=2), "vb", draws=20, seed=0, progressbar=False)["unit_probability"]

@@ -216,7 +216,8 @@ def _precision_form(plain, rv, term, swap, observed, data, start, verify):
             log_z = nu * p / 2 * np.log(2) + nu * pt.log(pt.diagonal(chol, axis1=-2, axis2=-1)).sum(-1) + multigammaln(nu / 2, p)
         forms.append((nu - p - 1) / 2 * pt.linalg.slogdet(value)[1] - .5 * (inverse * value).sum((-2, -1)) - log_z)
     if not verify: return put(forms[0])
-    free = [plain.rvs_to_values[r] for r in plain.free_RVs]
+    rvs = {plain.rvs_to_values[r]: r for r in plain.free_RVs}
+    free = list(rvs)
     try:
         term, forms = put(term), [put(t) for t in forms]
         f = _function([*free, *observed.values()], [term, *forms])
@@ -226,7 +227,7 @@ def _precision_form(plain, rv, term, swap, observed, data, start, verify):
         for v in free:
             x = few(np.asarray(start[v.name]))
             if v.dtype.startswith(("int", "uint", "bool")): args.append(rng.integers(0, 2, size=x.shape).astype(v.dtype))
-            elif x.ndim >= 2 and x.shape[-1] == x.shape[-2] and np.all(np.linalg.eigvals(x).real > 0): args.append(Wishart(x.shape).generic(x, rng))
+            elif type(rvs[v].owner.op).__name__ == "WishartRV": args.append(Wishart(x.shape).generic(x, rng))
             else: args.append(x * np.exp(.05 * rng.normal(size=x.shape)))
         try: own, *ours = f(*args, *(few(d) for d in data.values()))
         except Exception:
@@ -284,6 +285,7 @@ class Family:
     "A conjugate-exponential family: read its natural parameters off a log density; draw, average and take expectations with them."
     name = ""
     fields = ()                      # names of the natural parameters
+    width = np.inf                   # random values of a Normal lie no farther from the given one than its prior's sd would have it
     def __init__(self, shape:tuple, axis=None): self.shape, self.axis = tuple(shape), axis
     def __repr__(self): return f"{self.name}{self.shape}"
     def read(self, f, v, base): raise NotImplementedError         # f scalar graph, v its variable, base a generic value -> graphs
@@ -315,7 +317,7 @@ class Normal(Family):
     def name(self): return "Normal" if self.axis is None else "MvNormal"
     def _in(self, a):                # value layout -> block layout, coupled axis last
         if self.axis is None: return a
-        return a.reshape(-1) if self.axis == "all" else (np if isinstance(a, np.ndarray) else pt).moveaxis(a, self.axis, -1)
+        return a.reshape((-1,)) if self.axis == "all" else (np if isinstance(a, np.ndarray) else pt).moveaxis(a, self.axis, -1)
     def _out(self, a):
         if self.axis is None: return a
         return a.reshape(self.shape) if self.axis == "all" else np.moveaxis(a, -1, self.axis)
@@ -368,7 +370,7 @@ class Normal(Family):
         mean, variance = inputs
         h = self._hessian(f if curvature is None else curvature, v)
         return clone_replace(f + 0.5 * (h * variance).sum(), {v: mean}, rebuild_strict=False)
-    def generic(self, value, rng): return value + rng.normal(size=value.shape) * np.maximum(.5, .2 * np.abs(value))
+    def generic(self, value, rng): return value + rng.normal(size=value.shape) * np.minimum(self.width, np.maximum(.5, .2 * np.abs(value)))
     def valid(self, natural):
         P = natural[0]
         if not super().valid(natural): return False
@@ -524,8 +526,8 @@ class Wishart(_TwoPoint):
         return [(1 + root) * X, np.exp(2 * gap / p)[..., None, None] / (1 + root) * X]
     def generic(self, value, rng):
         L = np.linalg.cholesky(value)
-        E = .2 * rng.normal(size=value.shape)
-        M = L @ (np.eye(value.shape[-1]) + E)
+        p = value.shape[-1]                             # the perturbation's norm must not grow with p, or the matrix is nearly singular
+        M = L @ (np.eye(p) + .4 / np.sqrt(max(p, 4)) * rng.normal(size=value.shape))
         return M @ np.swapaxes(M, -1, -2)
     def valid(self, natural):
         return super().valid(natural) and bool((natural[0] > self.shape[-1] - 1).all() and (np.linalg.eigvalsh(natural[1]) > 0).all())
@@ -591,7 +593,16 @@ def _owner(joint, name, family, key):
     return np.where(depends, code, -1)
 
 # %% ../nbs/05_conjugate.ipynb #03c55e06
-_TOLERANCE = 1e-5
+_TOLERANCE = 1e-10       # relative to the terms summed; round-off is below 1e-14 in the package's models
+
+def _with_width(family, joint, name):
+    "The Normal family that knows its prior's standard deviation, from the curvature of the prior at the initial point."
+    v = joint.free[name]
+    curvature = _function([*joint.free.values(), *joint.observed.values()], [_grad(_grad(joint.terms[name].sum(), v).sum(), v)])
+    P = -curvature(*(np.asarray(joint.initial[k], w.dtype) for k, w in joint.free.items()), *joint.data.values())[0]
+    with np.errstate(all="ignore"): width = 1 / np.sqrt(P)
+    family.width = np.where(np.isfinite(width), width, np.inf)
+    return family
 
 def _candidates(joint, name):
     "Families that the support of a free variable allows, or NotConjugate."
@@ -605,7 +616,7 @@ def _candidates(joint, name):
         return [FiniteDiscrete(shape, _n_values(joint, name, op))]
     if used is not None and type(used) is not type(default):
         raise NotConjugate(name, "none", f"it carries the transform {used.name!r}, which restricts its support")
-    if default is None: return [Normal(shape)]
+    if default is None: return [_with_width(Normal(shape), joint, name)]
     if isinstance(default, tr.LogTransform): return [Gamma(shape), InverseGamma(shape)]
     if isinstance(default, tr.LogOddsTransform): return [Beta(shape)]
     if isinstance(default, tr.SimplexTransform): return [Dirichlet(shape)]
@@ -706,6 +717,7 @@ def _resized(family, shape):
     "The same family for a variable of another shape."
     out = copy(family)
     out.shape = tuple(shape)
+    if np.shape(out.width) not in ((), out.shape): out.width = np.min(out.width)
     return out
 
 # %% ../nbs/05_conjugate.ipynb #fbfbe302
@@ -713,37 +725,37 @@ def _couplings(joint, name, family):
     "The Normal families to try: independent elements first, then blocks along one axis, then everything."
     if not isinstance(family, Normal): return [family]
     shape = family.shape
-    out = [Normal(shape)]
-    out += [Normal(shape, axis) for axis in reversed(range(len(shape))) if 1 < shape[axis] <= 200]
-    if len(shape) > 1 and np.prod(shape) <= 300: out.append(Normal(shape, "all"))
-    return out
+    def along(axis):
+        out = copy(family)
+        out.axis = axis
+        return out
+    everything = ["all"] if len(shape) > 1 and np.prod(shape) <= 300 else []
+    return [along(axis) for axis in (None, *(a for a in reversed(range(len(shape))) if 1 < shape[a] <= 200), *everything)]
 
 def _check(joint, name, family, natural, points=2):
-    "Compare log-density differences of the conditional with the model's own; largest error in nats."
+    "Compare log-density differences of the conditional with the model's own; largest error, relative to the size of the terms summed, and in nats."
     v, rng = joint.free[name], np.random.default_rng(1)
     others = [w for k, w in joint.free.items()]
-    total = _total([joint.terms[k] for k in joint.depends(name)])
+    terms = [joint.terms[k] for k in joint.depends(name)]
     observed = list(joint.observed.values())
-    f = _function([*others, *observed], [total])
+    f = _function([*others, *observed], [_total(terms), _total([pt.abs(t) for t in terms])])
     g = _function([*others, *observed], natural)
     base = _families_or_none(joint)
-    worst, first = 0., None
+    worst, nats = 0., 0.
     for _ in range(points):
         point = _random_point(joint, base, rng)
         args = lambda value: [np.asarray(value if k == name else point[k], dtype=w.dtype) for k, w in joint.free.items()]
         nat = g(*args(point[name]), *joint.data.values())
-        if not family.valid(nat): return np.inf
-        a, b = family.draw(nat, rng), family.draw(nat, rng)
-        fa, fb = (float(f(*args(x), *joint.data.values())[0]) for x in (a, b))
-        if not (np.isfinite(fa) and np.isfinite(fb)): return np.inf
-        ga, gb = family.logp(nat, a), family.logp(nat, b)
-        far = family.generic(point[name], rng)          # and a point away from the conditional's bulk
-        ff, gf = float(f(*args(far), *joint.data.values())[0]), family.logp(nat, far)
-        for m, c in (((fa - fb), (ga - gb)), ((ff - fb), (gf - gb))):
-            scale = 1 + 1e-3 * (abs(fa) + abs(fb)) + 1e-2 * abs(m)
-            if not np.isfinite(m): return np.inf
-            worst = max(worst, abs(m - c) / scale)
-    return worst
+        if not family.valid(nat): return np.inf, np.inf
+        a, b, far = family.draw(nat, rng), family.draw(nat, rng), family.generic(point[name], rng)       # two from the conditional's bulk, one away from it
+        (fa, sa), (fb, sb), (ff, sf) = ((float(v) for v in f(*args(x), *joint.data.values())) for x in (a, b, far))
+        if not np.isfinite([fa, fb, ff]).all(): return np.inf, np.inf
+        ga, gb, gf = (family.logp(nat, x) for x in (a, b, far))
+        for error, size in ((abs((fa - fb) - (ga - gb)), sa + sb), (abs((ff - fb) - (gf - gb)), sf + sb)):
+            if not np.isfinite(error): return np.inf, np.inf
+            worst, nats = max(worst, error / (1 + size)), max(nats, error)
+    return worst, nats
+
 
 # %% ../nbs/05_conjugate.ipynb #83ca725a
 def complete_conditional(
@@ -765,10 +777,10 @@ def complete_conditional(
         for family in _couplings(joint, name, candidate):
             tried.append(repr(family))
             natural = _read(joint, name, family)
-            try: error = _check(joint, name, family, natural)
-            except np.linalg.LinAlgError: error = np.inf
-            if error < _TOLERANCE: return Conditional(name, family, dict(zip(family.fields, natural)), joint, error)
-            worst = min(worst, error)
+            try: error, nats = _check(joint, name, family, natural)
+            except np.linalg.LinAlgError: error = nats = np.inf
+            if error < _TOLERANCE: return Conditional(name, family, dict(zip(family.fields, natural)), joint, nats)
+            worst = min(worst, nats)
     if "StickBreakingWeights" in op:
         reason = "StickBreakingWeights is a generalised Dirichlet; write the sticks as pm.Beta and the weights as a pm.Deterministic of them"
     raise NotConjugate(name, " or ".join(tried), reason, worst)

@@ -1278,6 +1278,13 @@ class _Local:
         new[rows] += share[rows, None]*softmax(l, axis=1)
         return new
 
+    def absorbed(self, R, k, j, state):
+        "All spikes of unit k in one state of unit j."
+        new = R.copy()
+        new[:, self.states[k]] = 0
+        new[:, self.states[j][state]] += R[:, self.states[k]].sum(1)
+        return new
+
     def sort(self, state):
         free = np.flatnonzero(~self.roles.fixed)
         order = free[np.argsort(-self.sizes(state.s)[free], kind="stable")]
@@ -1316,7 +1323,7 @@ class _Local:
         d, roles = self.d, self.roles
         for _ in range(rounds):
             before = state.elbo
-            for how in ("death", "merge", "split"):
+            for how in ("death", "merge", "absorb", "split"):
                 state = getattr(self, "_try_" + how)(state)
                 progress(state)
             state = self.sort(state) or state
@@ -1348,6 +1355,29 @@ class _Local:
             if new is None: self.failed[mark] = True
             else: state = new
         return state
+
+    def _try_absorb(self, state):
+        "Where units have several states: a unit may be a near unit's spikes in a state that hardly any spike is in."
+        if self.states.shape[1] < 3: return state
+        for k in np.argsort(self.sizes(state.s), kind="stable"):
+            N = self.sizes(state.s)
+            if self.roles.fixed[k] or N[k] < 1: continue
+            for j in self._near(state, k, 3):
+                mark = ("absorb", k, j, self._mark(state, k, j))
+                if mark in self.failed: continue
+                vacant = 1 + int(np.argmin(state.s.count[self.states].sum(0)[1:]))
+                new = self._judge(state, self.absorbed(state.R, k, j, vacant), state.q)
+                if new is not None: state = new; break
+                self.failed[mark] = True
+        return state
+
+    def _near(self, state, k, most):
+        "The units with spikes that are nearest to a unit."
+        N = self.sizes(state.s)
+        live = np.flatnonzero((N >= 1) & ~self.roles.fixed & (np.arange(len(N)) != k))
+        m = (state.s.count[self.states][..., None]*state.s.mean[self.states]).sum(1)/np.maximum(N, 1e-300)[:, None]
+        S = state.s.scatter.sum(0)
+        return live[np.argsort(((m[live] - m[k])**2/((np.diag(S) if self.full else S) + 1e-300)).sum(1), kind="stable")[:most]]
 
     def _try_split(self, state):
         for k in np.argsort(-self.sizes(state.s), kind="stable"):
@@ -1513,7 +1543,8 @@ class _SplitMerge:
         elif self.weights_variable() is None: self.reason = "no conjugate variable holds the weights"
         elif (~self.roles.fixed).sum() < 2: self.reason = "fewer than two units can move"
         self.start = {k: np.asarray(v) for k, v in d.initial().items()}
-        self.even = None if self.reason else self.level()
+        self.even, self.exist = None, {}
+        if not self.reason: self.even = self.level(); self.exist = self.existence(); self.even = self.level()
 
     def weights_variable(self):
         "The variable integrated out: the weights-like one with most elements."
@@ -1522,9 +1553,30 @@ class _SplitMerge:
 
     def level(self):
         "A value of it under which the units weigh the same, so that the launch states do not look at the weights."
-        f = self.d.family[self.weights_variable()]
+        d, w = self.d, self.weights_variable()
+        f = d.family[w]
         if f.name == "Dirichlet": return np.full(f.shape, 1/f.shape[-1])
-        return np.broadcast_to(1/np.arange(f.shape[-1] + 1, 1, -1), f.shape).copy() if f.shape else np.asarray(.5)
+        if not f.shape: return np.asarray(.5)
+        tries = [np.broadcast_to(1/k, f.shape).copy() for k in (np.arange(f.shape[-1] + 1, 1, -1), np.arange(2, f.shape[-1] + 2))]     # the first stick the smallest, or the last
+        most = {name: np.asarray(exists.sum(1).argmax()) for name, exists in self.exist.items()}
+        weights = [d.deterministics({k: np.asarray(v)[None] for k, v in {**self.start, **most, w: t}.items()}).get(d.weights) for t in tries]
+        return tries[0] if weights[0] is None else min(zip(tries, weights), key=lambda tw: np.ptp(tw[1]))[0]
+
+    def existence(self):
+        "Of every discrete parameter of the weights whose values let one more unit exist each: which units exist, bool (value, unit)."
+        d, out = self.d, {}
+        for name in self.roles.weights:
+            if d.family[name].name != "Categorical" or d.family[name].shape: continue
+            point = {**self.start, self.weights_variable(): self.even}
+            at = [{**point, name: np.asarray(v)} for v in range(d.family[name].n_values)]
+            logs = np.stack([d.unit_quadratic(p)[0] if d.lowered else d.logits(p)[0] for p in at])
+            exists = (logs > logs.max(0) - 100) & ~self.roles.fixed
+            if (exists[:-1] <= exists[1:]).all() and (np.diff(exists.sum(1)) == 1).all() and exists[0].any(): out[name] = exists
+        return out
+
+    def alive(self, point):
+        "Units that can have spikes, bool (unit,)."
+        return np.all([~self.roles.fixed, *(exists[int(point[name])] for name, exists in self.exist.items())], axis=0)
 
     def natural(self, name, point, s):
         "Natural parameters of a complete conditional, given statistics or assignments."
@@ -1600,7 +1652,7 @@ class _SplitMerge:
         i, j = int(z[a]), int(z[b])
         fixed = self.roles.fixed
         if fixed[i] or fixed[j]: return state
-        empty = np.flatnonzero((np.bincount(z, minlength=d.n_units) == 0) & ~fixed)
+        empty = np.flatnonzero((np.bincount(z, minlength=d.n_units) == 0) & self.alive(point))
         split = i == j
         if split:
             if not len(empty): return state
@@ -1659,34 +1711,52 @@ class _SplitMerge:
         self.accepted[int(split)] += 1
         return Sweep(self.draw_weights(new, new_s, rng), new_s if d.lowered else None, state.log_density)
 
+    def resized(self, name, point, s, rng):
+        """A proposal of one to four units more or fewer, each in a place drawn among those there are; the statistics under the labels it
+        has (or the labels), the order of the units, and the log ratio of the probabilities of its drawn places; None if no unit can go."""
+        d, exists = self.d, self.exist[name]
+        count = s.count if d.lowered else np.bincount(s, minlength=d.n_units)
+        order, value, ratio, step = np.arange(d.n_units), int(point[name]), 0., 1 if rng.random() < .5 else -1
+        for _ in range(int(rng.choice([1, 1, 2, 4]))):
+            top, value = max(value, value + step), value + step
+            if not 0 <= value < len(exists): return None
+            there = np.flatnonzero(exists[top])
+            last, = np.flatnonzero(exists[top] & ~exists[top - 1])
+            vacant = lambda: there[count[order[there]] == 0]
+            places = there if step > 0 else vacant()
+            if not len(places): return None
+            k = rng.choice(places)
+            order[[k, last]] = order[[last, k]]
+            ratio += step*(np.log(len(there)) - np.log(len(vacant())))
+        rows = {k: np.asarray(point[k])[order[:len(point[k])]] for k in self.roles.unit}
+        new = {**point, **rows, name: np.asarray(value, dtype=np.asarray(point[name]).dtype)}
+        return new, Statistics(*(v[order] for v in s)) if d.lowered else np.argsort(order)[s].astype(s.dtype), order, ratio
+
     def labels(self, state, rng, tries=4):
-        """Moves over labels, the weights integrated out: a discrete parameter of the weights (how many units exist) one to four steps up or down, and two
+        """Moves over labels, the weights integrated out: a discrete parameter of the weights (how many units exist) up or down, and two
         units changing places, which matters where the weights have an order (sticks)."""
         d, w = self.d, self.weights_variable()
         point = state.point
         s = state.statistics if d.lowered else np.asarray(point[d.assignments])
-        counts = [k for k in d.parameters if d.family[k].name == "Categorical" and d.family[k].shape == ()]
-        ordered = d.family[w].name == "Beta"
-        if not counts and not ordered: return state
+        ordered = d.family[w].name == "Beta" and not self.exist
+        if not self.exist and not ordered: return state
         now = self.target(point, s)
-        for name in counts:
+        def accept(new, t, order, ratio=0.):
+            nonlocal point, s, now
+            then = self.target(new, t)
+            if np.log(rng.random()) < then - now + ratio:
+                z = point[d.assignments]
+                point, s, now = {**new, d.assignments: np.argsort(order)[z].astype(z.dtype)}, t, then
+        for name in self.exist:
             for _ in range(tries):
-                value = int(point[name]) + int(rng.choice([1, 1, 2, 4]))*(1 if rng.random() < .5 else -1)
-                if not 0 <= value < d.family[name].n_values: continue
-                new = {**point, name: np.asarray(value, dtype=np.asarray(point[name]).dtype)}
-                then = self.target(new, s)
-                if np.log(rng.random()) < then - now: point, now = new, then
+                proposal = self.resized(name, point, s, rng)
+                if proposal is not None: accept(*proposal)
         free = np.flatnonzero(~self.roles.fixed)
         for _ in range(tries if ordered else 0):
             i, j = rng.choice(free, 2, replace=False)
             order = np.arange(d.n_units); order[[i, j]] = j, i
             rows = {k: np.asarray(point[k])[order[:len(point[k])]] for k in self.roles.unit}
-            new, t = {**point, **rows}, Statistics(*(v[order] for v in s)) if d.lowered else order[s].astype(s.dtype)
-            then = self.target(new, t)
-            if np.log(rng.random()) < then - now:
-                z = point[d.assignments]
-                new[d.assignments] = order[z].astype(z.dtype)
-                point, s, now = new, t, then
+            accept({**point, **rows}, Statistics(*(v[order] for v in s)) if d.lowered else order[s].astype(s.dtype), order)
         return Sweep(self.draw_weights(point, s, rng), s if d.lowered else None, state.log_density)
 
     @staticmethod
@@ -2020,6 +2090,12 @@ def _since(start): return tuple(b - a for a, b in zip(start, _clock()))
 _methods = ("gibbs", "vb", "nuts", "advi")
 
 # %% ../nbs/06_inference.ipynb #3c595e03
+def _for_many_sweeps(d, sweeps, many=20_000):
+    "Compiles the functions that have no closed form, when there are so many sweeps that it pays; says whether it did."
+    if sweeps < many or not d.lowered or {*d.parameters, "quadratic", "joint"} <= set(getattr(d, "_checked", ())): return False
+    getattr(d, "_d", d).mode = "NUMBA"
+    return True
+
 def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, subset, resume, progressbar, start):
     clock = _clock()
     z, names = d.assignments, list(d.parameters)
@@ -2038,6 +2114,7 @@ def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, sub
     seeds = np.random.SeedSequence(seed).spawn(chains)
     bar = _Bar(chains*(tune + draws), "Gibbs", progressbar)
     done, stopped, states, generators = np.zeros(chains, int), None, [], []
+    often = 1. if _for_many_sweeps(d, chains*(tune + draws)) else .2
     jump = _SplitMerge(d, spikes) if moves else None
     off = jump.reason if jump is not None else "moves=False"
     if off: jump = None
@@ -2051,7 +2128,7 @@ def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, sub
                 states.append(state); generators.append(rng)
                 for t in range(-tune if resume is None else 0, draws):
                     before = jump.accepted.copy() if jump else np.zeros(2, int)
-                    if jump is not None and rng.random() < (.2 if t >= 0 else .5): state = jump.labels(jump(state, rng), rng)
+                    if jump is not None and rng.random() < (often if t >= 0 else max(often, .5)): state = jump.labels(jump(state, rng), rng)
                     state = gibbs_step(d, spikes, state, rng)
                     states[c] = state
                     if t >= 0:

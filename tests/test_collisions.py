@@ -1,9 +1,9 @@
 """A model that asks two discrete questions of every spike, through every door that takes a fit."""
-import numpy as np, pytest, xarray as xr
+import numpy as np, pymc as pm, pytest, xarray as xr
 from sklearn.metrics import adjusted_rand_score
 from spike_ppl import criticism, inference, partition
 from spike_ppl.conjugate import derive
-from spike_ppl.inference import fit, log_density, predict
+from spike_ppl.inference import Spikes, Sweep, fit, gibbs_step, log_density, predict
 from spike_ppl.models import collisions, toy
 
 
@@ -73,3 +73,80 @@ def test_gibbs_keeps_both_answers_and_goes_on(data):
     assert start.posterior.sizes["draw"] == 2
     counted = fit(model, "gibbs", draws=10, tune=5, chains=1, seed=0, keep_assignments="counts", progressbar=False)["unit_probability"]
     assert counted["unit_probability"].sizes["unit"] == 4 and np.allclose(counted["collided_probability"].sum("collided_value"), 1)
+
+
+# ---- kinds of collision
+def hit_units(seed, n=600, d=3, kinds=2, share=.2):
+    "Three well separated units; a fifth of their spikes collided, broadly or displaced in one of some ways that all units share."
+    rng = np.random.default_rng(seed)
+    while True:
+        means = rng.normal(0, 8, (3, d))
+        if np.linalg.norm(means[:, None] - means, axis=-1)[np.triu_indices(3, 1)].min() > 6: break
+    displacement = rng.normal(0, 5, (kinds, d))
+    unit, hit = rng.integers(3, size=n), np.where(rng.random(n) < share, 1 + rng.integers(kinds + 1, size=n), 0)
+    x = means[unit] + rng.normal(size=(n, d))*rng.uniform(.7, 1.2, (3, d))[unit]
+    broad = means[unit] + rng.multivariate_normal(np.zeros(d), np.cov(means.T) + np.eye(d), n)
+    x[hit == 1] = broad[hit == 1]
+    for k in range(kinds): x[hit == 2 + k] = (means[unit] + displacement[k] + 1.5*rng.normal(size=(n, d)))[hit == 2 + k]
+    return x, unit, hit
+
+@pytest.mark.parametrize("seed", [0, 3, 9])      # from 3 and 9 a displaced group starts as a unit
+def test_units_are_recovered_through_two_kinds_of_collision(seed):
+    x, unit, hit = hit_units(seed)
+    p = fit(collisions(x, 6, kinds=2), "vb", draws=20, seed=0, progressbar=False)["unit_probability"]
+    z, c = p["unit_probability"].values.argmax(1), p["collided_probability"].values.argmax(1)
+    assert (np.bincount(z) > 3).sum() == 3 and adjusted_rand_score(unit, z) > .9 and adjusted_rand_score(unit[hit == 0], z[hit == 0]) > .98
+    assert ((c > 0) == (hit > 0)).mean() > .95
+
+
+def test_gibbs_draws_kinds_too():
+    x, unit, hit = hit_units(1, n=60, d=2)
+    found = fit(collisions(x, 4, kinds=2), "gibbs", draws=60, tune=60, chains=2, seed=0, progressbar=False)
+    post = found.posterior
+    assert post["displacements"].shape == (2, 60, 2, 2) and post["kind_precisions"].shape == (2, 60, 2, 2, 2) and post["kind_shares"].shape == (2, 60, 3)
+    assert set(np.unique(post["collided"])) == {0, 1, 2, 3} and np.isfinite(found.sample_stats["lp"]).all()
+    z = post["assignments"].values[0, -1]
+    assert adjusted_rand_score(unit[hit == 0], z[hit == 0]) > .8
+
+
+def small(n=10, d=2, seed=0):
+    "Collisions of two kinds with priors weak enough that a few spikes move every variable."
+    x = np.random.default_rng(seed).normal(size=(n, d))*[2., 1.]
+    dof = dict.fromkeys(("common_dof", "collision_dof", "kind_dof"), d + 6.)
+    return collisions(x, 2, kinds=2, priors=dict(mean=0., mean_sd=2., variance_scale=1., collision_odds=2., **dof))
+
+def summaries(p, n_units):
+    "Numbers that the joint distribution fixes, from every variable and its ties to the others."
+    out, size = [], lambda k: np.log(np.linalg.det(p[k])).mean()
+    for k in ("common_covariance", "precisions", "collision_precision", "kind_precisions"): out += [size(k), p[k][..., 0, 1].mean(), np.trace(p[k], axis1=-2, axis2=-1).mean()**.5]
+    for k in ("means", "displacements"): out += [p[k].mean(), (p[k]**2).mean()]
+    z, c = np.asarray(p["assignments"]), np.asarray(p["collided"])
+    out += [p["collided_fraction"], (c > 0).mean(), (c > 0).mean()**2, (c == 1).mean(), (c == 2).mean(), p["kind_shares"][0], (p["kind_shares"]**2).sum(),
+            p["weights"][0], (p["weights"]**2).sum(), (np.bincount(z, minlength=n_units)/len(z))@(np.bincount(z, minlength=n_units)/len(z)), p["means"][z].mean(), (p["means"][z]**2*(c > 0)[:, None]).mean()]
+    return np.array(out, float)
+
+def joint_distribution_score(model, sweeps, seed=0):
+    "Geweke's test: alternate data given everything (drawn by PyMC) and a sweep given data; every variable must keep its prior."
+    names = [v.name for v in model.free_RVs]
+    prior = pm.draw([model[k] for k in names], sweeps, random_seed=seed)
+    free = np.array([summaries(dict(zip(names, row)), 2) for row in zip(*prior)])
+    fixed = pm.do(model, {k: v[0] for k, v in zip(names, prior)})
+    data = pm.compile([], fixed["features"], random_seed=seed + 1)
+    d, rng = inference._fast(derive(model)), np.random.default_rng(seed + 2)
+    point, out = {k: np.asarray(v[0]) for k, v in zip(names, prior)}, []
+    for _ in range(sweeps):
+        for k in names: fixed[k].set_value(np.asarray(point[k], fixed[k].dtype))
+        x = data()
+        joined = d.joined(point)
+        s = inference._hard_statistics(x, joined[d.assignments], d.n_states, d.structure == "full")
+        after = gibbs_step(d, Spikes(x), Sweep(joined, s, np.nan), rng).point
+        point = {**{k: v for k, v in after.items() if k != d.assignments}, **d.each(after[d.assignments])}
+        out.append(summaries(point, 2))
+    chain = np.array(out)
+    blocks = np.array([b.mean(0) for b in np.array_split(chain, 40)])
+    return (chain.mean(0) - free.mean(0))/np.sqrt(blocks.var(0, ddof=1)/40 + free.var(0)/len(free))
+
+@pytest.mark.slow
+def test_geweke_with_kinds():
+    score = joint_distribution_score(small(), 4000)
+    assert (np.abs(score) < 4.2).all() and np.mean(score**2) < 3, score

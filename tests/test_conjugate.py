@@ -276,6 +276,87 @@ def test_a_wrong_shape_of_density_says_how_far_off_it_was(x):
     assert e.value.discrepancy > 1e-3
 
 
+def test_the_density_of_covariances_is_written_for_as_many_units_as_features():
+    from spike_ppl.models import gmm, toy
+    d = derive(gmm(toy(200, 3, 3)[0], 3, covariance="full"))           # means (3, 3) are no covariance
+    assert d.lowered and d.family["precisions"].name == "Wishart"
+
+
+def test_a_matrix_of_coefficients_may_be_coupled_in_everything(x):
+    X, y = np.random.default_rng(3).normal(size=(30, 2, 3)), x[:30, 0]
+    with pm.Model() as model:
+        beta = pm.Normal("beta", 0, 2., shape=(2, 3))
+        pm.Normal("y", (X * beta).sum((1, 2)), 1., observed=y)
+    c = complete_conditional(model, "beta")
+    P, h = c.natural({})
+    F = X.reshape(30, 6)
+    assert c.family_.axis == "all" and np.allclose(P, np.eye(6) / 4 + F.T @ F) and np.allclose(h, F.T @ y) and c.draw({}, 0).shape == (2, 3)
+
+
+# ---- the check of what was read
+def many_covariances(K=12, d=21, n=90):
+    x = np.random.default_rng(0).normal(size=(n, d))
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0., 2., shape=(K, d))
+        P = pm.Wishart("P", d + 22., np.eye(d) / 21, shape=(K, d, d))
+        z = pm.Categorical("z", np.ones(K) / K, shape=n)
+        pm.MvNormal("y", mu[z], cov=pt.linalg.inv(P)[z], observed=x)
+    return model, x
+
+
+def test_random_matrices_are_well_conditioned_at_every_size():
+    from spike_ppl.conjugate import Wishart
+    for p in (2, 21, 60):
+        X = Wishart((500, p, p)).generic(np.broadcast_to(np.eye(p), (500, p, p)), np.random.default_rng(0))
+        assert np.linalg.cond(X).max() < 500, p
+
+
+def test_the_check_is_within_round_off_for_many_large_covariances():
+    model, x = many_covariances()
+    c = complete_conditional(model, "P")
+    rng = np.random.default_rng(1)
+    mu, z = rng.normal(size=(12, 21)), rng.integers(12, size=90)
+    nu, B = c.natural(dict(mu=mu, z=z))
+    S = np.stack([(x[z == k] - mu[k]).T @ (x[z == k] - mu[k]) for k in range(12)])
+    assert c.discrepancy < 1e-8 and np.allclose(nu, 43 + np.bincount(z, minlength=12), rtol=1e-12) and np.allclose(B, 21 * np.eye(21) + S, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shift", [100., 1e5])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_check_does_not_depend_on_the_unit_of_the_data(shift, scale):
+    from spike_ppl.models import gmm, toy
+    x = (toy(120, 2, 4)[0] + shift) * scale
+    assert families(gmm(x, 2, covariance="full")) == dict(weights="Dirichlet", means="MvNormal", precisions="Wishart", assignments="Categorical")
+    assert families(gmm(x, 2)) == dict(weights="Dirichlet", means="Normal", variances="InverseGamma", assignments="Categorical")
+
+
+@pytest.mark.parametrize("name, field, change", [
+    ("P", 0, lambda nu: nu + 1e-4), ("P", 1, lambda B: B * (1 + 1e-5)), ("mu", 0, lambda P: P * (1 + 1e-5)), ("mu", 1, lambda h: h * (1 + 1e-4))])
+def test_a_conditional_that_is_slightly_wrong_is_refused(monkeypatch, name, field, change):
+    model, _ = many_covariances()
+    family = type(complete_conditional(model, name).family_)
+    right = family.read
+    def wrong(self, *args):
+        natural = list(right(self, *args))
+        natural[field] = change(natural[field])
+        return natural
+    monkeypatch.setattr(family, "read", wrong)
+    with pytest.raises(NotConjugate, match="off by"): complete_conditional(model, name)
+
+
+@pytest.mark.parametrize("name, field", [("w", 0), ("var", 0), ("var", 1), ("rate", 0), ("rate", 1)])
+def test_one_count_off_by_a_ten_thousandth_is_refused(monkeypatch, x, name, field):
+    model = mixture(x)
+    family = type(complete_conditional(model, name).family_)
+    right = family.read
+    def wrong(self, *args):
+        natural = list(right(self, *args))
+        natural[field] = natural[field] + 1e-4
+        return natural
+    monkeypatch.setattr(family, "read", wrong)
+    with pytest.raises(NotConjugate, match="off by"): complete_conditional(model, name)
+
+
 def test_constraints_are_not_forgotten(x):
     with pm.Model() as model:
         mu = pm.Normal("mu", 0, 3, shape=2)

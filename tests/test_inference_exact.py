@@ -1,6 +1,6 @@
 """Samplers against what they must sample from: enumeration, Geweke's joint-distribution test, simulation-based calibration, NUTS."""
 import itertools, json
-import numpy as np, pytest
+import arviz as az, numpy as np, pytest
 import pymc as pm, pytensor.tensor as pt
 from scipy.special import gammaln
 from scipy.stats import beta, gamma, invgamma, kstest, norm
@@ -163,13 +163,40 @@ def geweke(build, prior, n, sweeps, moves, seed):
 
 def summary(point, z, d):
     K = len(point["mu"])
-    w = point["w"] if "w" in point else weights_of(point["v"])
+    w = point["w"] if "w" in point else weights_of(point["v"]) if "v" in point else grown_weights(point["extra_units"], point["sticks"])
     c = np.bincount(z, minlength=K)
     out = [np.log(point["var"]).mean(), (np.log(point["var"])**2).mean(), point["mu"].mean(), (point["mu"]**2).mean(), (w**2).sum(), w[0], (c > 0).sum(),
            (c/len(z))@(c/len(z)), point["mu"][z].mean(), (point["mu"][z]**2).mean()]
-    return out + ([point["c"], np.log(point["c"])] if "c" in point else [])
+    more = [point["extra_units"], point["extra_units"]**2, point["extra_units"] + 1 - (c > 0).sum()] if "extra_units" in point else []
+    return out + more + ([point["c"], np.log(point["c"])] if "c" in point else [])
 
 def weights_of(v): return np.r_[v, 1]*np.r_[1, np.cumprod(1 - v)]
+
+def grown_weights(extra, sticks):
+    "Weights when stick k is the share of unit k + 1 among the first k + 2, and units 0 .. extra exist."
+    w = np.ones(1)
+    for v in sticks[:int(extra)]: w = np.r_[w*(1 - v), v]
+    return np.r_[w, np.zeros(len(sticks) - int(extra))]
+
+many = np.array([.1, .2, .3, .4])                        # probabilities of 1 .. 4 units
+
+def grown(x, K=4):
+    from spike_ppl.models import _grown
+    x = np.asarray(x, float).reshape(len(x), -1)
+    with pm.Model(coords=dict(unit=range(K), stick=range(K - 1))) as m:
+        w = _grown(dict(weight_concentration=alpha), K, many)
+        mu = pm.Normal("mu", m0, np.sqrt(v0), shape=(K, x.shape[1]))
+        var = pm.InverseGamma("var", a0, b0, shape=(K, x.shape[1]))
+        z = pm.Categorical("z", w, shape=len(x))
+        pm.Normal("x", mu[z], pt.sqrt(var)[z], observed=x)
+    return m
+
+def prior_grown(K, n):
+    def draw(rng):
+        extra, v = rng.choice(K, p=many), np.clip(rng.beta(alpha, alpha*np.arange(1, K)), 1e-12, 1 - 1e-12)
+        return dict(extra_units=np.asarray(extra), sticks=v, mu=m0 + np.sqrt(v0)*rng.normal(size=(K, 1)), var=b0/rng.gamma(a0, size=(K, 1)),
+                    z=rng.choice(K, n, p=grown_weights(extra, v)))
+    return draw
 
 def prior_mixture(K, n):
     def draw(rng):
@@ -186,7 +213,7 @@ def prior_sticks(K, n):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moves", [False, True])
-@pytest.mark.parametrize("build, prior, K", [(mixture, prior_mixture, 3), (sticks, prior_sticks, 4)], ids=["gmm", "dpmm"])
+@pytest.mark.parametrize("build, prior, K", [(mixture, prior_mixture, 3), (sticks, prior_sticks, 4), (grown, prior_grown, 4)], ids=["gmm", "dpmm", "mfm"])
 def test_geweke(build, prior, K, moves):
     n = 8
     chain, jump = geweke(lambda x: build(x, K), prior(K, n), n, 8000, moves, 11)
@@ -268,3 +295,25 @@ def test_advi_is_a_baseline_that_runs():
     x = np.r_[rng.normal(-3, .5, 40), rng.normal(3, .5, 40)]
     f = fit(mixture(x, 2), "advi", draws=100, passes=5, seed=0, **quiet)
     assert f["posterior"].z.shape == (1, 100, 80) and np.isfinite(f["optimisation"].elbo.values[-1])
+
+
+velocities = np.array([
+    9172, 9350, 9483, 9558, 9775, 10227, 10406, 16084, 16170, 18419, 18552, 18600, 18927, 19052, 19070, 19330, 19343, 19349, 19440, 19473, 19529, 19541,
+    19547, 19663, 19846, 19856, 19863, 19914, 19918, 19973, 19989, 20166, 20175, 20179, 20196, 20215, 20221, 20415, 20629, 20795, 20821, 20846, 20875,
+    20986, 21137, 21492, 21701, 21814, 21921, 21960, 22185, 22209, 22242, 22249, 22314, 22374, 22495, 22746, 22747, 22888, 22914, 23206, 23241, 23263,
+    23484, 23538, 23542, 23666, 23706, 23711, 24129, 24285, 24289, 24366, 24717, 24990, 25633, 26960, 26995, 32065, 32789, 34279])/1000
+published = np.array([0, 0, .061, .128, .182, .199, .160, .109, .071, .040, .023, .013, .006, .003])      # of 1, 2, ... components
+
+@pytest.mark.slow
+def test_the_number_of_components_of_the_galaxies_is_the_published_one():
+    "Richardson and Green (1997), Miller and Harrison (2018), on the velocities of Roeder (1990), through the public door."
+    from spike_ppl.models import mfm
+    R = np.ptp(velocities)
+    model = mfm(velocities[:, None], max_units=30, units_prior=np.ones(30), learn_scale=True,
+                priors=dict(mean=velocities.min() + R/2, mean_sd=R, variance_scale=.02*R**2, scale_shape=.2))
+    K = fit(model, "gibbs", draws=10_000, tune=1000, chains=4, seed=1, **quiet)["posterior"].n_components.values
+    assert float(az.rhat(K)) < 1.1 and float(az.ess(K)) > 60
+    share = np.array([(block[:, None] == np.arange(1, 15)).mean(0) for chain in K for block in np.array_split(chain, 10)])
+    error = np.sqrt(share.var(0, ddof=1)/len(share) + .002**2)                                          # of ours, and of the published one
+    score = (share.mean(0) - published)/error
+    assert np.abs(score).max() < 5 and .5*np.abs(share.mean(0) - published).sum() < .1, (share.mean(0).round(3), score.round(1))

@@ -832,10 +832,10 @@ def beside(
         own[k] = joint.initial[k].reshape(n, -1).shape[1]
     if not own: return joint
     both, swap, at = pt.matrix(name, dtype=joint.observed[name].dtype), {}, D
-    swap[joint.observed[name]] = both[:, :D]
+    swap[joint.observed[name]] = pt.specify_shape(both[:, :D], (None, D))
     for k, width in own.items():
         v = joint.free[k]
-        swap[v] = pt.cast(both[:, at] if v.ndim == 1 else both[:, at:at + width], v.dtype)
+        swap[v] = pt.cast(both[:, at] if v.ndim == 1 else pt.specify_shape(both[:, at:at + width], (None, width)), v.dtype)
         at += width
     terms = dict(zip(joint.terms, clone_replace(list(joint.terms.values()), swap, rebuild_strict=False)))
     rowwise = lambda t: t.sum(tuple(range(1, t.ndim))) if t.ndim > 1 else t

@@ -941,9 +941,9 @@ class _Plan:
             h1, hu = _grad(g.sum(), self.rows), _grad((g * u).sum(), self.rows)
             probe = _function([self.unit_rows, self.rows, u, *self.free.values(), *self.constants.values()], [total, h1, hu])
             rng, K = np.random.default_rng(0), self.n_states
-            diagonal = True
+            diagonal, loose = True, {k: f for k, f in _families_or_none(self.joint).items() if isinstance(f, Normal)}      # at an initial 0, things would look absent
             for units in (np.arange(K), np.tile(np.arange(K), 3)[:2 * K + 1]):
-                point = _random_point(self.joint, self.family, rng)
+                point = _random_point(self.joint, {**loose, **self.family}, rng)
                 call = lambda X, U: probe(units, X, U, *(np.asarray(point[k], v.dtype) for k, v in self.free.items()), *constant_values.values())
                 data = self.joint.data[self.data_name]
                 X = data[rng.integers(len(data), size=len(units))].astype(float)
@@ -1289,10 +1289,9 @@ class Scored(Derivation):
     def __init__(self, joint, plan, constant_values):
         super().__init__(joint, plan, constant_values)
         self.scores, self.n_scores = dict(plan.scores), sum(plan.scores.values())
-        self.structure, self.n_features = "full", plan.n_features - sum(plan.scores.values())
+        self.n_features = plan.n_features - self.n_scores
         K, F = self.n_states, plan.n_features
         self._nothing = np.zeros(K), np.zeros((K, F)), np.zeros((K, F, F))
-        if plan.structure != "full": raise AssertionError("scores without an effect on the spikes")
 
     @property
     def data(self): return self.joint.data[self._plan.data_name][:, :self.n_features]
@@ -1328,6 +1327,7 @@ class Scored(Derivation):
         "Statistics with the scores as expected under their optimal factor, given the assignments' statistics."
         return self.completed(self.expected_joint_quadratic(q), s)
     def expected_natural(self, name, q, s=None): return super().expected_natural(name, q, s)    # `s` from `averaged`
+    def joint_energy(self, q, s): return super().energy(q, s)                                   # of spikes and scores; `s` from `averaged` or `complete`
     def energy(self, q, s=None):
         "As `Derivation.energy`, with the scores' entropy: they have their optimal factor, given the assignments."
         return super().energy(q, self._nothing) + _sum_quadratic(s, self.expected_quadratic(q))
@@ -1390,7 +1390,7 @@ def derive(
         if plan is None:
             wider = beside(read(verify=True))
             plan, values = _plan_of(wider, exact)
-        if plan.lowered: return Scored(wider, plan, values)
+        if plan.lowered and plan.structure == "full": return Scored(wider, plan, values)
     plan, values = _plan_of(joint, exact, known=True)
     if plan is None:
         joint = read(verify=True)

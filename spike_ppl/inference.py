@@ -1010,11 +1010,11 @@ class _Factors(_Gaussian):
             s, q = _hard_statistics(x, z, d.n_states, True), {k: _around(d.family[k], p[k]) for k in d.parameters}
             trials.append((p, s, q))
         whole = [d.complete(p, s, np.random.default_rng(3)) for p, s, q in trials]
-        if all(near(self._joint_quadratic(self._values(p)), d.joint_quadratic(p)) for p, s, q in trials): good.add("quadratic")
+        if all(near(self._joint_quadratic(self._values(p)), d.joint_quadratic(p)) and self._averages(self._joint_quadratic, p, rng, near) for p, s, q in trials): good.add("quadratic")
         for k in d.parameters:
-            if "quadratic" in good and all(near(self._natural(k, self._values(p), w), d.natural(k, p, w)) and self._averages(k, p, w, rng, near) for (p, s, q), w in zip(trials, whole)): good.add(k)
+            if "quadratic" in good and all(near(self._natural(k, self._values(p), w), d.natural(k, p, w)) and self._averages(lambda e: self._natural(k, e, w), p, rng, near, k) for (p, s, q), w in zip(trials, whole)): good.add(k)
         if "quadratic" in good and all(near([self._joint(self._values(p), s, p, None)], [d.log_joint(p, s)]) and
-                                       near([_data_term(w, self._joint_quadratic(e)) + self._priors(e, None, q)], [super(Scored, d).energy(q, Statistics(*w))])
+                                       near([_data_term(w, self._joint_quadratic(e)) + self._priors(e, None, q)], [d.joint_energy(q, Statistics(*w))])
                                        for (p, s, q), w in zip(trials, whole) for e in (self._expected(q),)): good.add("joint")
         return frozenset(good)
 
@@ -1036,16 +1036,16 @@ class _Factors(_Gaussian):
                 h[unit] = P[unit] @ np.linalg.solve(L.T, vectors[:, -1 - j])*np.sqrt(max(values[-1 - j] - 1, .05))
         return {**q, **{k: tuple(v) for k, v in new.items()}}
 
-    def _averages(self, name, p, w, rng, near):
-        """Whether the formula for uncertain rows is the average of the formula for certain ones. Every other variable enters its own statistics linearly, and a
+    def _averages(self, formula, p, rng, near, name=None):
+        """Whether a formula, of one variable if it has a name, for uncertain rows is the average of the formula for certain ones. Every other variable enters its own statistics linearly, and a
         mean's two signs of one random deviation have the average of a quadratic function: rows certain but for one variable, two values of it."""
         for k in self._means:
             if k == name: continue
             e = self._values(p)
             m = e[k][0]
             u = rng.normal(size=m.shape)
-            mean = self._natural(name, {**e, k: (m, u[:, :, None]*u[:, None, :])}, w)
-            plus, minus = (self._natural(name, {**e, k: (m + sign*u, None)}, w) for sign in (1, -1))
+            mean = formula({**e, k: (m, u[:, :, None]*u[:, None, :])})
+            plus, minus = (formula({**e, k: (m + sign*u, None)}) for sign in (1, -1))
             if not near(mean, [(a + b)/2 for a, b in zip(plus, minus)]): return False
         return True
 
@@ -1063,7 +1063,7 @@ class _Factors(_Gaussian):
 # %% ../nbs/06_inference.ipynb #6aef41d1
 def _fast(d):
     "The derivation, in closed form where that is recognised."
-    return (_Factors if isinstance(d, Scored) else _Gaussian)(d) if d.lowered else d
+    return (_Factors if isinstance(getattr(d, "_d", d), Scored) else _Gaussian)(d) if d.lowered else d
 
 # %% ../nbs/06_inference.ipynb #9e0140b0
 def start_partition(
@@ -1949,13 +1949,13 @@ def marginal(
 ) -> pm.Model:      # the same model without assignments and data; a Potential holds their log-probability
     """Sum the assignments out of a model.
 
-    The data and the priors' numbers become shared variables, so that code compiled for one data set serves the next of the same size.
+    What each spike has of its own and is Normal, such as a gain, is integrated out with them. The data and the priors' numbers become shared variables, so that code compiled for one data set serves the next of the same size.
     """
     d = derive(model)
     z = d.assignments
     if z is None: raise ValueError("the model has no assignments to sum out: no Categorical variable that indexes the observed variables' parameters")
     full = complete_conditional(d.joint, z)
-    summed = {z, *d.states}
+    summed = {z, *d.states, *(getattr(d, "scores", None) or ())}
     logits, = full.parameters.values()
     out = pm.Model(coords={k: None if v is None else list(v) for k, v in model.coords.items() if k not in (model.named_vars_to_dims.get(z) or ())})
     numbers = _Numbers()
@@ -1967,12 +1967,31 @@ def marginal(
             graph = graph_replace([graph], {**new, **numbers.inside(graph)}, strict=False)[0]
             new[rv] = out.register_rv(graph, rv.name, dims=model.named_vars_to_dims.get(rv.name), transform=model.rvs_to_transforms.get(rv), default_transform=None)
         swap = {full.joint.free[rv.name]: v for rv, v in new.items()}
-        swap.update({full.joint.observed[k]: pytensor.shared(np.asarray(v, full.joint.observed[k].dtype), shape=v.shape) for k, v in full.joint.data.items()})
-        graph = graph_replace([logits], swap, strict=False)[0]
+        shared = lambda v, like: pytensor.shared(np.asarray(v, like.dtype), shape=v.shape)
+        if getattr(d, "scores", None):
+            x, n = shared(d.data, (both := full.joint.observed[d.observed[0]])), len(d.data)
+            graph = _without_scores(lambda y: graph_replace([logits], {**swap, both: pt.concatenate([x, np.tile(y, (n, 1))], 1)}, strict=False)[0], d.n_scores)
+        else:
+            swap.update({full.joint.observed[k]: shared(v, full.joint.observed[k]) for k, v in full.joint.data.items()})
+            graph = graph_replace([logits], swap, strict=False)[0]
         rest = [t for k, t in full.joint.terms.items() if z not in _names_in(full.joint, t) and k not in {rv.name for rv in model.free_RVs}]
         if rest: pm.Potential("other_terms", sum(t.sum() for t in graph_replace(rest, swap, strict=False)))
         pm.Potential("marginal_of_" + z, pt.logsumexp(graph, axis=-1).sum())
     return out
+
+def _without_scores(at, r):
+    "Logarithm of the integral of exp(at(y)) over r scores y, of which `at` is quadratic: its coefficients from its values at a few y, then one score after the other."
+    e = np.eye(r)
+    c, up, down = at(np.zeros(r)), [at(v) for v in e], [at(-v) for v in e]
+    b = [(u - v)/2 for u, v in zip(up, down)]
+    A = {(i, j): 2*c - up[i] - down[i] if i == j else up[i] + up[j] - c - at(e[i] + e[j]) for i in range(r) for j in range(i, r)}
+    for i in range(r):
+        c = c + .5*(b[i]**2/A[i, i] - pt.log(A[i, i]) + np.log(2*np.pi))
+        slope = {j: A[i, j]/A[i, i] for j in range(i + 1, r)}
+        for j in slope:
+            b[j] = b[j] - slope[j]*b[i]
+            for k in range(j, r): A[j, k] = A[j, k] - slope[j]*A[i, k]
+    return c
 
 # %% ../nbs/06_inference.ipynb #9c8e7ca1
 class _Numbers:

@@ -642,6 +642,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Factors._summed': ('inference.html#_factors._summed', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Factors._values': ('inference.html#_factors._values', 'spike_ppl/inference.py'),
+                                     'spike_ppl.inference._Factors._wide': ('inference.html#_factors._wide', 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Factors.averaged': ( 'inference.html#_factors.averaged',
                                                                                 'spike_ppl/inference.py'),
                                      'spike_ppl.inference._Factors.complete': ( 'inference.html#_factors.complete',

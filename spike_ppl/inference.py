@@ -775,7 +775,7 @@ class _Factors(_Gaussian):
         points = [d.initial(rng) for _ in range(2)]
         roles, self._kinds, self._plain, self._ok = self._roles, kinds, False, False
         rows = {k: self._rows(k, points) for k in (*roles.unit, *roles.shared)}
-        means = [k for k in rows if kinds[k] == "MvNormal" and d.family[k].shape[1:] == (D,)]
+        means = [k for k in rows if kinds[k] in ("Normal", "MvNormal") and d.family[k].shape[1:] == (D,)]
         scalars = [k for k in rows if kinds[k] in ("InverseGamma", "Gamma") and d.family[k].shape == ()]
         noise = lambda k: not np.allclose(*(d.joint_quadratic({**points[0], k: p[k]})[2][:, :D, :D] for p in points))          # of the spikes, or else of the scores
         self._white = [k for k in scalars if noise(k)]                     # one variance of all features
@@ -819,10 +819,11 @@ class _Factors(_Gaussian):
         empty = [{k: d.natural(k, p, d._nothing) for k in d.parameters} for p in points]
         same = lambda k: all(np.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(empty[0][k], empty[1][k]))
         self._prior = {k: empty[0][k] for k in d.parameters if same(k)}
+        self._thin = {k: self._prior.pop(k) for k in means if kinds[k] == "Normal" and k in self._prior}         # rows whose elements are apart: one noise variance
         self._find_stick(points, empty)
         self._find_common(points, empty)
         self._find_sizes(points, empty)
-        if set(d.parameters) - {*self._prior, *(self._stick[1:] if self._stick else ()), *self._common, *self._sized}: return
+        if set(d.parameters) - {*self._prior, *self._thin, *(self._stick[1:] if self._stick else ()), *self._common, *self._sized}: return
         if "counts" not in _cache(d):
             table, p = {}, points[0]
             N0, m0, S0 = d._nothing
@@ -841,7 +842,8 @@ class _Factors(_Gaussian):
     def _find_sizes(self, points, empty):
         "Rows whose prior variance is proportional to one learned number per row: name of the rows -> name of the numbers; of the numbers the prior."
         d, self._sized, D = self._d, {}, self._d.n_features
-        loose = [k for k in d.parameters if k not in self._prior]
+        loose = [k for k in d.parameters if k not in self._prior and k not in self._thin]
+        empty = [{k: (self._wide(k, v[0]), v[1]) if k in self._means else v for k, v in e.items()} for e in empty]
         for w in (k for k in loose if self._kinds[k] == "InverseGamma" and len(d.family[k].shape) == 1):
             users = {}
             for v in (k for k in loose if k in self._means and d.family[k].shape[0] == d.family[w].shape[0]):
@@ -858,6 +860,8 @@ class _Factors(_Gaussian):
             if not all(np.allclose(x, y, rtol=1e-6, atol=1e-8) for x, y in zip(*prior)): continue
             self._prior[w] = prior[0]
             for v, (P, h) in users.items(): self._sized[v] = w, P, np.linalg.solve(P, h[..., None])[..., 0]
+
+    def _wide(self, name, P): return P if self._kinds[name] == "MvNormal" else P[:, :, None]*np.eye(self._d.n_features)
 
     # -- values and expectations
     def _spread_values(self, name, v):
@@ -892,6 +896,7 @@ class _Factors(_Gaussian):
             st, D = self._d.family[name].statistics(natural), self._d.n_features
             precision, log_variance = (st["inverse"], st["log"]) if self._kinds[name] == "InverseGamma" else (st["x"], -st["log"])
             return precision*np.eye(D)[None], -D*np.reshape(log_variance, 1)
+        if name in self._means and self._kinds[name] == "Normal": return natural[1]/natural[0], self._wide(name, 1/natural[0])
         return super()._factor(name, natural)
 
     def _loaded(self, e):
@@ -949,8 +954,10 @@ class _Factors(_Gaussian):
                 w, P0, centre = self._sized[name]
                 P0 = P0*e[w][0][:, None, None]
                 h0 = np.einsum("kij,kj->ki", P0, centre)
+            elif name in self._thin: P0, h0 = self._wide(name, self._thin[name][0]), self._thin[name][1]
             else: P0, h0 = self._prior[name]
-            return P0 + self._summed(name, weight[:, None, None]*T[own]), h0 + self._summed(name, np.einsum("kij,kj->ki", T[own], rest))
+            P, h = P0 + self._summed(name, weight[:, None, None]*T[own]), h0 + self._summed(name, np.einsum("kij,kj->ki", T[own], rest))
+            return (P if self._kinds[name] == "MvNormal" else np.diagonal(P, axis1=1, axis2=2).copy()), h
         if name in self._spreads:
             own = self._own[name]
             a, b = self._prior[name] if name not in self._common else (self._common[name][2], self._common[name][1]*e[self._common[name][0]][0])
@@ -995,6 +1002,9 @@ class _Factors(_Gaussian):
         total, D = 0., self._d.n_features
         for v, (w, P, c) in self._sized.items():
             total += .5*float((np.linalg.slogdet(P)[1] - D*np.log(2*np.pi) - D*e[w][1] - e[w][0]*self._distance(e[v], P, c)).sum())
+        for v, prior in self._thin.items():
+            m, V = e[v]
+            total += self._d.family[v].logp(prior, m) - (0 if V is None else .5*float((prior[0]*np.diagonal(V, axis1=1, axis2=2)).sum()))
         return total + super()._priors(e, p, q)
 
     def _compare(self):
@@ -1020,8 +1030,8 @@ class _Factors(_Gaussian):
 
     def stir(self, q, s, units=None):
         "Point the rows that only scores multiply, of some or all units, where these units' spikes spread most beyond the noise: at zero they would stay there, since either sign is as good."
-        names = [k for k in self._means if k in self._roles.unit and not self._coefficient[k][:, 0].any()]
-        if not names or "quadratic" not in self._checked: return q
+        names = [k for k in self._means if k in self._roles.unit and not self._coefficient[k][:, 0].any()] if "quadratic" in self._checked else ()
+        if not names: return q
         d = self._d
         T = self._precisions(self._expected({k: q[k] for k in d.parameters}))[0]
         states = np.arange(d.n_states).reshape(-1, d.n_units).T
@@ -1033,7 +1043,7 @@ class _Factors(_Gaussian):
             values, vectors = np.linalg.eigh(L.T @ (s.scatter[k]/s.count[k]) @ L)
             for j, name in enumerate(names[:len(values)]):
                 P, h = new[name]
-                h[unit] = P[unit] @ np.linalg.solve(L.T, vectors[:, -1 - j])*np.sqrt(max(values[-1 - j] - 1, .05))
+                h[unit] = (P[unit] if P.ndim == 3 else np.diag(P[unit])) @ np.linalg.solve(L.T, vectors[:, -1 - j])*np.sqrt(max(values[-1 - j] - 1, .05))
         return {**q, **{k: tuple(v) for k, v in new.items()}}
 
     def _averages(self, formula, p, rng, near, name=None):

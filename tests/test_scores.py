@@ -202,7 +202,7 @@ def matched(found, means):
     assert len(set(order)) == 3
     return order
 
-@pytest.mark.parametrize("noise", ["white", "shared", "wishart"])
+@pytest.mark.parametrize("noise", ["white", "shared", "precision"])
 def test_vb_finds_the_loadings_and_its_bound_never_falls(noise):
     x, unit, means, loadings = with_loadings()
     f = fit(factors(x, 3, noise=noise), "vb", draws=50, starts=2, passes=60, **quiet)
@@ -229,3 +229,196 @@ def test_gibbs_finds_the_loadings():
 def test_bound_never_falls(how):
     f = fit(factors(spikes_of(120), **how), "vb", draws=5, starts=2, passes=30, **quiet)
     assert (np.diff(f["optimisation"].elbo) >= -1e-6).all()
+
+
+# ---- every door
+def hand_average(m, f, x, K, **how):
+    "log p(x, unit) at every kept draw, (draw, spike, unit)."
+    post = f.posterior
+    points = [{k: post[k].values[c, t] for k in post.data_vars if k != "z"} for c in range(post.sizes["chain"]) for t in range(post.sizes["draw"])]
+    return np.array([np.stack([np.log(p["w"][k]) + stats.multivariate_normal(a, C).logpdf(x) for k, (a, C) in enumerate(by_hand(p, K, x.shape[1], **how))], 1) for p in points])
+
+@pytest.mark.parametrize("method, how", [("gibbs", dict(noise="white", width="variance", kind="gain")), ("vb", dict(noise="shared")), ("gibbs", dict(noise="diagonal"))], ids=["gibbs", "vb", "derived"])
+def test_new_spikes_have_the_average_over_draws(method, how, tmp_path):
+    x, new = spikes_of(80), spikes_of(25, seed=7)
+    m = factors(x, **how)
+    f = fit(m, method, draws=20, seed=0, **(dict(tune=10, chains=1) if method == "gibbs" else dict(starts=1, passes=10)), **quiet)
+    L = hand_average(m, f, new, 2, **how)
+    assert np.allclose(log_density(f, new, model=m), logsumexp(L, axis=(0, 2)) - np.log(len(L)), atol=1e-8)
+    p = np.exp(L - logsumexp(L, axis=2, keepdims=True)).mean(0)
+    assert np.allclose(predict(f, new, model=m), p, atol=1e-6)
+    f.to_netcdf(tmp_path/"fit.nc")
+    back = xr.open_datatree(tmp_path/"fit.nc")
+    assert np.allclose(log_density(back, new, model=m), log_density(f, new, model=m))
+    more = fit(m, method, draws=20, seed=0, **(dict(chains=1) if method == "gibbs" else dict(passes=10)), resume=back, **quiet)
+    assert more.posterior.sizes["draw"] == (40 if method == "gibbs" else 20)
+    if method == "vb": assert more["optimisation"].elbo.values[0] >= f["optimisation"].elbo.values[-1] - 1e-6
+
+
+def test_the_model_of_templates_comes_back_from_its_file(tmp_path):
+    features, unit = toy(150, 3, 3, seed=1)
+    f = fit(template_mixture(features, 4), "vb", draws=20, starts=1, seed=0, **quiet)
+    assert (np.diff(f["optimisation"].elbo) >= -1e-6).all()
+    f.to_netcdf(tmp_path/"fit.nc")
+    back = xr.open_datatree(tmp_path/"fit.nc")
+    x, post = features.values, f.posterior
+    def at(t):
+        mu, v, g, w = (post[k].values[0, t] for k in ("means", "noise_variance", "gain_variance", "weights"))
+        return np.stack([np.log(w[k]) + stats.multivariate_normal(mu[k], v*np.eye(3) + g*np.outer(mu[k], mu[k])).logpdf(x) for k in range(4)], 1)
+    assert np.allclose(log_density(back, features), logsumexp([at(t) for t in range(20)], axis=(0, 2)) - np.log(20), atol=1e-8)
+    assert "gains" not in post
+
+
+@pytest.mark.parametrize("method", ["vb", "gibbs"])
+@pytest.mark.parametrize("how", [dict(noise="white"), dict(noise="diagonal")], ids=["closed", "derived"])
+def test_a_model_on_a_few_spikes_is_fitted_to_many(method, how):
+    x, unit, means, loadings = with_loadings(300)
+    options = dict(draws=10, seed=3, **(dict(tune=10, chains=1) if method == "gibbs" else dict(starts=1, passes=10)), **quiet)
+    whole, few = fit(factors(x, 3, **how), method, **options), fit(factors(x[:50], 3, **how), method, features=x, **options)
+    assert few.posterior.sizes["spike"] == 300 and np.isfinite(few.posterior.mu).all()
+    if method == "vb": assert all(np.allclose(few.posterior[k], whole.posterior[k], rtol=1e-6) for k in ("mu", "load"))     # Gibbs starts from other random numbers
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("how", [dict(noise="white"), dict(kind="gain", noise="wishart", width="variance"), pytest.param(dict(kind="columns", noise="shared"), marks=pytest.mark.slow)], ids=["white", "gain", "columns"])
+def test_one_two_three_spikes(n, how):
+    x = spikes_of(n)
+    for method, options in (("vb", dict(starts=1)), ("gibbs", dict(tune=3, chains=1))):
+        f = fit(factors(x, **how), method, draws=5, **options, **quiet)
+        assert np.isfinite(f.posterior.mu).all() and "stopped" not in f.attrs
+
+
+def other_way(x, which):
+    n, d = x.shape
+    with pm.Model() as m:
+        w = pm.Dirichlet("w", np.ones(2))
+        mu = pm.Normal("mu", 0., 3., shape=(2, d))
+        var = pm.InverseGamma("var", 3., 2.)
+        z = pm.Categorical("z", w, shape=n)
+        if which == "level":
+            level = pm.Normal("level", 0., 1., shape=n)
+            g = pm.Normal("g", level, 1.)
+        elif which == "covariate": g = pm.Normal("g", np.linspace(-1, 1, n), 1.)
+        elif which == "sum": g = pm.Normal("g", 0., 1., shape=n) + 0.
+        elif which == "student": g = pm.StudentT("g", nu=4, mu=0., sigma=1., shape=n)
+        else: g = pm.Normal("g", 0., 1., shape=n)
+        shape = {"squared": lambda: g**2, "exponential": lambda: pt.exp(g), "sum": lambda: g.sum() + pt.zeros(n)}.get(which, lambda: g)()
+        pm.Normal("x", mu[z] + shape[:, None], pt.exp(g)[:, None] if which == "scale" else pt.sqrt(var), observed=x)
+        if which == "potential": pm.Potential("more", -g**2)
+        if which == "observed": pm.Normal("y", g, 1., observed=x[:, 0])
+    return m
+
+@pytest.mark.parametrize("which", ["squared", "exponential", "scale", "potential", "observed", "covariate", "sum", "level", "student"])
+def test_what_is_not_a_score_is_not_absorbed(which):
+    d = derive(other_way(spikes_of(20), which))
+    assert not isinstance(d, Scored) and not getattr(d, "scores", None)
+    assert {"g"} <= {*d.family, *d.others}
+
+
+def test_a_normal_that_enters_two_terms_is_drawn_the_old_way():
+    f = fit(other_way(spikes_of(20), "potential"), "gibbs", draws=10, tune=5, chains=1, **quiet)
+    assert f.posterior["g"].shape == (1, 10, 20)
+
+
+def test_loadings_that_start_at_zero_and_are_not_conjugate():
+    x, unit, means, loadings = with_loadings(60)
+    with pm.Model() as m:
+        w = pm.Dirichlet("w", np.ones(3))
+        mu, load, var = pm.Normal("mu", 0., 8., shape=(3, 4)), pm.Laplace("load", 0., 1., shape=(3, 4)), pm.InverseGamma("var", 3., 2.)
+        z = pm.Categorical("z", w, shape=60)
+        pm.Normal("x", mu[z] + load[z]*pm.Normal("score", 0., 1., shape=60)[:, None], pt.sqrt(var), observed=x)
+    d = derive(m)
+    assert isinstance(d, Scored) and set(d.others) == {"load"}
+    p = d.initial(np.random.default_rng(0))
+    p["load"] = np.random.default_rng(1).normal(size=(3, 4))
+    want = np.stack([np.log(p["w"][k]) + stats.multivariate_normal(p["mu"][k], p["var"]*np.eye(4) + np.outer(p["load"][k], p["load"][k])).logpdf(x) for k in range(3)], 1)
+    assert np.allclose(values_of(d.unit_quadratic(p), x), want, atol=1e-8)
+    f = fit(m, "gibbs", draws=5, tune=5, chains=1, **quiet)
+    assert np.isfinite(f.sample_stats.lp).all()
+
+
+@pytest.mark.parametrize("how", [pytest.param(dict(kind="two", noise="wishart", mean=.4), marks=pytest.mark.slow), dict(kind="gain", noise="white", width="variance"), dict(kind="columns", noise="diagonal")], ids=["two", "gain", "columns"])
+def test_the_marginal_model_of_nuts_has_no_scores(how):
+    x = spikes_of(15)
+    m = factors(x, **how)
+    out = marginal(m)
+    assert not {"score", "second", "gain", "z"} & set(out.named_vars)
+    p = {k: v for k, v in derive(m).initial(np.random.default_rng(0)).items() if k != "z"}
+    graph = pm.model.transform.conditioning.remove_value_transforms(out)
+    got = graph.compile_fn(graph.potentiallogp)({k.name: p[k.name] for k in graph.value_vars})
+    want = logsumexp(np.stack([np.log(p["w"][k]) + stats.multivariate_normal(a, C).logpdf(x) for k, (a, C) in enumerate(by_hand(p, 2, 3, **how))], 1), axis=1).sum()
+    assert np.isclose(got, want, rtol=1e-9)
+
+
+# ---- samplers against what they must sample from
+def number(v): return np.asarray(v, float)
+
+def generic_summaries(m, d):
+    "Numbers that the joint distribution fixes, the same for either sign of loadings that only scores multiply."
+    sizes = {k: d.family[k].name for k in d.parameters}
+    def of(p, x):
+        z, out = np.asarray(p[d.assignments]), []
+        for k, kind in sizes.items():
+            v = number(p[k])
+            if kind in ("Normal", "MvNormal"):
+                out += [(v**2).mean(), np.log1p(v**2).mean(), (v[:, 0]*v[:, 1]).mean(), (v[z]**2).mean(), ((x*v[z]).sum(1)**2).mean()**.5, ((v[0] - v[1])**2).mean()]
+                if k == "mu": out += [v.mean(), v[z].mean(), (x*v[z]).mean()]
+            elif kind in ("InverseGamma", "Gamma"): out += [np.log(v).mean(), (np.log(v)**2).mean(), (v**-.5).mean()]
+            elif kind == "Wishart": out += [np.log(np.linalg.det(v)).mean(), v[..., 0, 1].mean(), np.trace(v, axis1=-2, axis2=-1).mean()**.5]
+            else: out += [v[0], (v**2).sum()]
+        c = np.bincount(z, minlength=d.n_units)/len(z)
+        return np.array(out + [c[0], (c**2).sum(), np.log1p((x**2).sum(1)).mean()])
+    return of
+
+def joint_distribution_score(model, summaries, sweeps, seed=0):
+    "Geweke's test: alternate data given everything but the scores (drawn by PyMC) and a sweep given data; every variable must keep its prior."
+    d, rng, seen = inference._fast(derive(model)), np.random.default_rng(seed + 2), derive(model).observed[0]
+    assert isinstance(d, inference._Factors)
+    names = [v.name for v in model.free_RVs if v.name not in d.scores]
+    prior = pm.draw([model[k] for k in [*names, seen]], sweeps, random_seed=seed)
+    free = np.array([summaries(dict(zip(names, row)), row[-1]) for row in zip(*prior)])
+    fixed = pm.do(model, {k: v[0] for k, v in zip(names, prior)})
+    data = pm.compile([], fixed[seen], random_seed=seed + 1)
+    point, out = {k: np.asarray(v[0]) for k, v in zip(names, prior)}, []
+    for _ in range(sweeps):
+        for k in names: fixed[k].set_value(np.asarray(point[k], fixed[k].dtype))
+        x = data()
+        joined = d.joined(point)
+        s = inference._hard_statistics(x, joined[d.assignments], d.n_states, True)
+        after = gibbs_step(d, Spikes(x), Sweep(joined, s, np.nan), rng).point
+        point = {**{k: v for k, v in after.items() if k != d.assignments}, **d.each(after[d.assignments])}
+        out.append(summaries(point, x))
+    chain = np.array(out)
+    blocks = np.array([b.mean(0) for b in np.array_split(chain, 40)])
+    return (chain.mean(0) - free.mean(0))/np.sqrt(blocks.var(0, ddof=1)/40 + free.var(0)/len(free))
+
+geweke = [dict(noise="white"), dict(kind="two", noise="precision", mean=.5), dict(kind="gain", noise="white", width="variance"), dict(kind="columns", noise="wishart"), dict(noise="shared", width="precision"),
+          dict(kind="gain", noise="diagonal")]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", geweke, ids=["-".join(map(str, s.values())) for s in geweke])
+def test_geweke(how):
+    m = factors(spikes_of(12, 2), **how)
+    score = joint_distribution_score(m, generic_summaries(m, derive(m)), 4000)
+    assert (np.abs(score) < 4.2).all() and np.mean(score**2) < 3, score
+
+@pytest.mark.slow
+@pytest.mark.parametrize("directions", [1, 2])
+def test_geweke_of_collisions_with_directions(directions):
+    x = np.random.default_rng(0).normal(size=(10, 2))*[2., 1.]
+    dof = dict.fromkeys(("common_dof", "collision_dof", "kind_dof"), 8.)
+    m = collisions(x, 2, kinds=2, directions=directions, priors=dict(mean=0., mean_sd=2., variance_scale=1., collision_odds=2., size_shape=5., direction_scale=.8, **dof))
+    def summaries(p, x):
+        z, c, out = np.asarray(p["assignments"]), np.asarray(p["collided"]), []
+        for k in ("common_covariance", "precisions", "collision_precision", "kind_precisions"):
+            out += [np.log(np.linalg.det(p[k])).mean(), p[k][..., 0, 1].mean(), np.trace(p[k], axis1=-2, axis2=-1).mean()**.5]
+        for k in ("means", "displacements"): out += [p[k].mean(), (p[k]**2).mean()]
+        for k in (f"loadings_{j}" for j in range(directions)):
+            v = p[k]
+            out += [(v**2).mean(), np.log1p(v**2).mean(), (v[:, 0]*v[:, 1]).mean(), (v[z]**2).mean(), (v[z]**2*(c > 0)[:, None]).mean(), ((x*v[z]).sum(1)**2).mean()**.5]
+        out += [np.log(p["sizes"]).mean(), (np.log(p["sizes"])**2).mean(), (np.log(p["sizes"])*(p["means"]**2).mean(1)).mean(), p["collided_fraction"], (c > 0).mean(), (c == 1).mean(), (c == 2).mean(),
+                p["kind_shares"][0], (p["kind_shares"]**2).sum(), p["weights"][0], (p["weights"]**2).sum(), ((np.bincount(z, minlength=2)/len(z))**2).sum(),
+                p["means"][z].mean(), (p["means"][z]**2*(c > 0)[:, None]).mean(), np.log1p((x**2).sum(1)).mean()]
+        return np.array(out, float)
+    score = joint_distribution_score(m, summaries, 4000)
+    assert (np.abs(score) < 4.2).all() and np.mean(score**2) < 3, score

@@ -422,3 +422,45 @@ def test_geweke_of_collisions_with_directions(directions):
         return np.array(out, float)
     score = joint_distribution_score(m, summaries, 4000)
     assert (np.abs(score) < 4.2).all() and np.mean(score**2) < 3, score
+
+
+# ---- a few points in one dimension, by enumeration and quadrature
+def exact_scores(x, K, alpha=2., grid=120):
+    "Posterior probabilities of the partitions, means integrated out by hand, loadings and the noise variance by quadrature; and the posterior mean of log variance."
+    from test_inference_exact import partition
+    from scipy.special import gammaln
+    u = (np.arange(grid) + .5)/grid
+    var, load = stats.invgamma.ppf(u, 3., scale=2.), stats.norm.ppf((np.arange(400) + .5)/400)
+    def block(S):
+        y, n = x[list(S)], len(S)
+        own = load[None, :]**2 + var[:, None]                       # (var, load)
+        total = own + n*9.
+        quad = (y**2).sum()/own - 9.*y.sum()**2/(own*total)
+        l = -.5*(n*np.log(2*np.pi) + (n - 1)*np.log(own) + np.log(total) + quad)
+        return logsumexp(l, axis=1) - np.log(len(load))
+    memory, out = {}, {}
+    for z in itertools.product(range(K), repeat=len(x)):
+        c = np.bincount(z, minlength=K)
+        l = np.full(grid, (gammaln(alpha + c) - gammaln(alpha)).sum())
+        for k in set(z):
+            S = tuple(np.flatnonzero(np.equal(z, k)))
+            if S not in memory: memory[S] = block(S)
+            l = l + memory[S]
+        out.setdefault(partition(z), []).append(l)
+    L = {p: logsumexp(v, axis=0) for p, v in out.items()}
+    all_ = logsumexp(list(L.values()), axis=0)
+    p = {k: float(np.exp(logsumexp(v) - logsumexp(all_))) for k, v in L.items()}
+    return p, float(np.exp(all_ - logsumexp(all_)) @ np.log(var))
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gibbs", "nuts"])
+def test_four_points_by_enumeration(method):
+    from test_inference_exact import agree
+    x = np.array([-2.5, -1., 1.2, 4.])
+    exact, log_var = exact_scores(x, 2)
+    assert abs(sum(exact.values()) - 1) < 1e-10 and len(exact) == 8
+    how = dict(draws=6000, tune=100, chains=4) if method == "gibbs" else dict(draws=1500, tune=700, chains=2)
+    post = fit(factors(x[:, None], noise="white"), method, seed=2, **how, **quiet).posterior
+    assert agree(post.z.values, exact) < (.05 if method == "gibbs" else .08)
+    blocks = np.array([b.mean() for chain in np.log(post["var"].values) for b in np.array_split(chain, 8)])
+    assert abs(blocks.mean() - log_var) < 4.5*blocks.std(ddof=1)/np.sqrt(len(blocks))

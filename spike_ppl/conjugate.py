@@ -816,7 +816,7 @@ def together(
     return replace(joint, free={**keep(joint.free), first: state}, terms=dict(zip(joint.terms, terms)), initial={**keep(joint.initial), first: index},
                    transforms=keep(joint.transforms), states=states, first_families=None)
 
-# %% ../nbs/05_conjugate.ipynb #c0ffee01
+# %% ../nbs/05_conjugate.ipynb #5b1d90e2
 def beside(
     joint:LogJoint, # log joint of any model
 ) -> LogJoint: # the same with the Normal variables of which each spike has its own as further columns of the data
@@ -1283,7 +1283,7 @@ class Derivation:
         names, fn, used = self._deterministic
         return dict(zip(names, fn(*(np.asarray(points[k], dtype=self.joint.free[k].dtype) for k in used)))) if names else {}
 
-# %% ../nbs/05_conjugate.ipynb #c0ffee02
+# %% ../nbs/05_conjugate.ipynb #a97e34c1
 class Scored(Derivation):
     "A derivation in which each spike has Normal variables of its own: they are integrated out, spike by spike and state by state, and never held in memory."
     def __init__(self, joint, plan, constant_values):

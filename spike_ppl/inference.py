@@ -766,7 +766,7 @@ class _Gaussian:
         if any(w == name for w, _, _ in self._common.values()): return other in self._common
         return self._stick is not None and name in self._stick and other in self._stick
 
-# %% ../nbs/06_inference.ipynb #c0ffee11
+# %% ../nbs/06_inference.ipynb #e30f6b58
 class _Factors(_Gaussian):
     "A mixture of Gaussians in which each spike has scores of its own, in closed form; checked against the derived functions."
     def _find(self):

@@ -7,6 +7,10 @@ from spike_ppl.inference import Spikes, Sweep, fit, gibbs_step, log_density, pre
 from spike_ppl.models import collisions, toy
 
 
+# units with covariances of their own, as these tests' data have them; the default, in which they share their noise and vary in directions, has its own test below
+def own_covariances(x, n_units, kinds=12): return collisions(x, n_units, kinds=kinds, directions=0, priors=dict(common_dof=np.shape(x)[1] + 32.))
+
+
 @pytest.fixture(scope="module")
 def data():
     features, unit = toy(300, 3, 3, seed=2)
@@ -15,22 +19,22 @@ def data():
     return features.copy(data=features.values + hit[:, None] * rng.normal(0, 5, (300, 3))), unit, hit
 
 @pytest.fixture(scope="module")
-def made(data): return fit(collisions(data[0], 6, kinds=0), "vb", draws=100, seed=0, progressbar=False)
+def made(data): return fit(own_covariances(data[0], 6, kinds=0), "vb", draws=100, seed=0, progressbar=False)
 
 
 def test_closed_forms_are_those_of_the_derived_functions(data):
-    d = inference._fast(derive(collisions(data[0], 4, kinds=0)))
+    d = inference._fast(derive(own_covariances(data[0], 4, kinds=0)))
     assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (4, 8)
 
 
 def test_closed_forms_know_means_that_add_up(data):
-    d = inference._fast(derive(collisions(data[0], 3, kinds=4)))        # more kinds than units: the units are the assignments all the same
+    d = inference._fast(derive(own_covariances(data[0], 3, kinds=4)))        # more kinds than units: the units are the assignments all the same
     assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (3, 18)
     assert {"means", "displacements"} <= set(d._means) and inference.parts(d).unit == ("means", "precisions")
 
 
 def test_bound_rises_with_kinds_too(data):
-    found = fit(collisions(data[0], 4, kinds=2), "vb", draws=20, seed=0, progressbar=False)
+    found = fit(own_covariances(data[0], 4, kinds=2), "vb", draws=20, seed=0, progressbar=False)
     assert np.all(np.diff(found["optimisation"]["elbo"]) >= -1e-6)
     assert found["unit_probability"]["collided_probability"].shape == (300, 4) and found.posterior["displacements"].shape == (1, 20, 2, 3)
 
@@ -63,7 +67,7 @@ def test_prediction_restores_the_model_from_the_file(made, data, tmp_path):
 
 
 def test_gibbs_keeps_both_answers_and_goes_on(data):
-    model = collisions(data[0], 4, kinds=0)
+    model = own_covariances(data[0], 4, kinds=0)
     first = fit(model, "gibbs", draws=30, tune=30, chains=1, seed=0, progressbar=False)
     assert first.attrs["moves"].startswith("off: each spike has several")
     more = fit(model, "gibbs", draws=20, chains=1, seed=0, resume=first, progressbar=False)
@@ -93,7 +97,7 @@ def hit_units(seed, n=600, d=3, kinds=2, share=.2):
 @pytest.mark.parametrize("seed", [0, 3, 9])      # from 3 and 9 a displaced group starts as a unit
 def test_units_are_recovered_through_two_kinds_of_collision(seed):
     x, unit, hit = hit_units(seed)
-    p = fit(collisions(x, 6, kinds=2), "vb", draws=20, seed=0, progressbar=False)["unit_probability"]
+    p = fit(own_covariances(x, 6, kinds=2), "vb", draws=20, seed=0, progressbar=False)["unit_probability"]
     z, c = p["unit_probability"].values.argmax(1), p["collided_probability"].values.argmax(1)
     assert (np.bincount(z) > 3).sum() == 3 and adjusted_rand_score(unit, z) > .9 and adjusted_rand_score(unit[hit == 0], z[hit == 0]) > .98
     assert ((c > 0) == (hit > 0)).mean() > .95
@@ -150,3 +154,17 @@ def joint_distribution_score(model, sweeps, seed=0):
 def test_geweke_with_kinds():
     score = joint_distribution_score(small(), 4000)
     assert (np.abs(score) < 4.2).all() and np.mean(score**2) < 3, score
+
+
+def test_units_that_vary_in_directions_of_their_own_stay_whole():
+    rng = np.random.default_rng(4)
+    means = np.array([[40., 0, 10, -5], [0, 9, 0, 3], [-4, 0, 8, 0]])
+    unit = rng.integers(3, size=900)
+    hit = rng.random(900) < .15
+    x = means[unit]*(1 + .1*rng.normal(size=(900, 1))) + rng.normal(size=(900, 4)) + hit[:, None]*rng.normal(0, 6, (900, 4))      # the first varies by 4 noise sd
+    found = fit(collisions(x, 8, kinds=2), "vb", draws=20, seed=0, progressbar=False)
+    z = found["unit_probability"]["unit_probability"].values.argmax(1)
+    assert (np.bincount(z) > 3).sum() == 3 and adjusted_rand_score(unit, z) > .95
+    biggest = np.argmax(found.posterior["means"].mean(("chain", "draw")).values[:, 0])
+    along = np.linalg.eigvalsh(found.posterior["covariances"].mean(("chain", "draw")).values[biggest])
+    assert 10 < along[-1] < 24 and along[:-1].max() < 2.5                                          # variance of its gain: (.1 |mean|)^2 = 17

@@ -1059,6 +1059,20 @@ class _Factors(_Gaussian):
             if not near(mean, [(a + b)/2 for a, b in zip(plus, minus)]): return False
         return True
 
+    def rescaled(self, q, s):
+        "Rows that one score multiplies, such as templates with a gain, times the average of their unit's scores over its prior mean: halves of the one and twice the other fit alike, and updates in turn take forever to find out."
+        if not self._ok or "quadratic" not in self._checked or not self._score_mean.any(): return None
+        D, out = self._d.n_features, dict(q)
+        N, mean, _ = self.averaged(q, s)
+        for name in self._means:
+            a, own = self._coefficient[name], self._own[name]
+            used = np.flatnonzero(a.any(0))
+            if len(used) != 1 or not used[0] or not (at := self._score_mean[used[0] - 1]): continue
+            count, total = self._summed(name, N[own]), self._summed(name, N[own]*mean[own, D + used[0] - 1])
+            by = np.where(count > 1, total/np.maximum(count, 1e-300)/at, 1.)
+            out[name] = q[name][0], q[name][1]*np.where(by == 0, 1., by)[:, None]
+        return out
+
     # -- the Derivation's own names
     def complete(self, point, s, rng):
         if "quadratic" not in self._checked: return self._d.complete(point, s, rng)
@@ -1120,8 +1134,17 @@ def _elbo(d, q, s, entropy):
 
 def _first_factors(d, s, sweeps=3):
     "Factors that fit the statistics of a starting partition."
-    q = _settle(d, {k: _around(d.family[k], v) for k, v in _apart(d).items() if k in d.parameters}, s, sweeps)
-    return _settle(d, _stirred(d, q, s), s, sweeps) if getattr(d, "scores", None) else q
+    q = {k: _around(d.family[k], v) for k, v in _apart(d).items() if k in d.parameters}
+    if not getattr(d, "scores", None): return _settle(d, q, s, sweeps)
+    if np.any(getattr(d, "_score_mean", 1.)):
+        whole = _unread(d, s)
+        for name in d.parameters: q[name] = d.expected_natural(name, q, whole)
+    return _settle(d, _stirred(d, _settle(d, q, s, sweeps), s), s, sweeps)
+
+def _unread(d, s):
+    "Statistics with the scores as their prior has them: where nothing is known of the means yet, the spikes must not be read as huge scores of a wrong mean."
+    point = {k: np.zeros_like(v) if k in d.family and d.family[k].name in ("Normal", "MvNormal") else v for k, v in d.initial().items()}
+    return d.completed(d.joint_quadratic(point), s)
 
 def _apart(d):
     "PyMC's initial point; where spikes have scores, with Normal variables a little off it, lest what the scores multiply be exactly zero."
@@ -1181,6 +1204,16 @@ class _Local:
             gain = new.elbo - state.elbo
             state = new
             if gain < tolerance: break
+        return state
+
+    def rescale(self, state):
+        "Scores back to their prior mean, if the bound agrees."
+        if not hasattr(self.d, "rescaled"): return state
+        for _ in range(5):
+            q = self.d.rescaled(state.q, state.s)
+            new = state if q is None else self.at(state.R, q, 3, state.entropy)
+            if new.elbo <= state.elbo + 1e-6*abs(state.elbo): break
+            state = new
         return state
 
     def start(self, seed):
@@ -1337,7 +1370,7 @@ class _Local:
                 state = getattr(self, "_try_" + how)(state)
                 progress(state)
             state = self.sort(state) or state
-            state = self.passes(state, 3)
+            state = self.rescale(self.passes(state, 3))
             if state.elbo - before < 1e-7*abs(before) + 1e-3: break
         return state
 
@@ -1476,7 +1509,7 @@ def _vb(d, spikes, seed, *, starts, subset, moves, passes, tolerance, q=None, pa
             local = _Local(d, spikes.take(rows), roles, rng)
             best = None
             for _ in range(max(1, starts)):
-                state = local.passes(local.start(rng), 8, 1e-4*len(rows))
+                state = local.rescale(local.passes(local.start(rng), 8, 1e-4*len(rows)))
                 if best is None or state.elbo > best.elbo: best = state
                 progress("start", state.elbo)
             if moves: best = local.improve(best, progress=lambda st: progress("moves", st.elbo))
@@ -1809,8 +1842,8 @@ def _first_sweep(d, spikes, rng, subset, start=None):
     x = spikes.take(np.arange(spikes.n))
     s = _hard_statistics(x, z, d.n_states, d.structure == "full")
     if start is None:
-        for _ in range(3):
-            whole = d.complete(point, s, rng)
+        for i in range(3):
+            whole = _unread(d, s) if not i and getattr(d, "scores", None) else d.complete(point, s, rng)
             for name in d.parameters: point[name] = d.family[name].draw(d.natural(name, point, whole), rng)
     return Sweep(point, s, np.nan)
 

@@ -464,3 +464,13 @@ def test_four_points_by_enumeration(method):
     assert agree(post.z.values, exact) < (.05 if method == "gibbs" else .08)
     blocks = np.array([b.mean() for chain in np.log(post["var"].values) for b in np.array_split(chain, 8)])
     assert abs(blocks.mean() - log_var) < 4.5*blocks.std(ddof=1)/np.sqrt(len(blocks))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gains_do_not_stay_at_the_scale_of_a_wrong_start(seed):
+    rng = np.random.default_rng(3)
+    templates, unit = np.array([[-34., -24, -2, -5], [3, 3, 27, -14], [-5, 26, 9, 8]]), rng.integers(3, size=400)
+    x = rng.normal(1, .15, (400, 1))*templates[unit] + rng.normal(size=(400, 4))
+    found = fit(template_mixture(x, 3), "vb", draws=50, seed=seed, progressbar=False)
+    assert abs(found.posterior["gain_variance"].mean()/.15**2 - 1) < .3
+    assert np.abs(np.sort(found.posterior["means"].mean(("chain", "draw")).values, 0) - np.sort(templates, 0)).max() < 1.5

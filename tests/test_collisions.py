@@ -105,7 +105,7 @@ def test_units_are_recovered_through_two_kinds_of_collision(seed):
 
 def test_gibbs_draws_kinds_too():
     x, unit, hit = hit_units(1, n=60, d=2)
-    found = fit(collisions(x, 4, kinds=2), "gibbs", draws=60, tune=60, chains=2, seed=0, progressbar=False)
+    found = fit(own_covariances(x, 4, kinds=2), "gibbs", draws=60, tune=60, chains=2, seed=0, progressbar=False)
     post = found.posterior
     assert post["displacements"].shape == (2, 60, 2, 2) and post["kind_precisions"].shape == (2, 60, 2, 2, 2) and post["kind_shares"].shape == (2, 60, 3)
     assert set(np.unique(post["collided"])) == {0, 1, 2, 3} and np.isfinite(found.sample_stats["lp"]).all()

@@ -1322,7 +1322,7 @@ class Scored(Derivation):
         return self.completed(self.joint_quadratic(point), s, rng)
     def natural(self, name, point, s=None): return super().natural(name, point, s)          # `s` from `complete`
     def log_joint(self, point, s=None):
-        return super().log_joint(point, self._nothing) + _sum_quadratic(s, self.unit_quadratic(point))
+        return super().log_joint(point, self._nothing) + _data_term(s, self.unit_quadratic(point))
     def averaged(self, q, s):
         "Statistics with the scores as expected under their optimal factor, given the assignments' statistics."
         return self.completed(self.expected_joint_quadratic(q), s)
@@ -1330,12 +1330,14 @@ class Scored(Derivation):
     def joint_energy(self, q, s): return super().energy(q, s)                                   # of spikes and scores; `s` from `averaged` or `complete`
     def energy(self, q, s=None):
         "As `Derivation.energy`, with the scores' entropy: they have their optimal factor, given the assignments."
-        return super().energy(q, self._nothing) + _sum_quadratic(s, self.expected_quadratic(q))
+        return super().energy(q, self._nothing) + _data_term(s, self.expected_quadratic(q))
 
-def _sum_quadratic(s, quadratic):
-    "Sum over spikes of a quadratic function, from statistics."
+def _data_term(s, quadratic):
+    "Sum over spikes of the log-probabilities, or their expectations, from statistics; full or diagonal."
     (N, m, S), (c, b, A) = s, quadratic
-    return float((N * c).sum() + (N[:, None] * m * b).sum() - .5 * ((A * S).sum() + (N * np.einsum("ki,kij,kj->k", m, A, m)).sum()))
+    if A.ndim == 3: second = (A*S).sum() + (N*np.einsum("ki,kij,kj->k", m, A, m)).sum()
+    else: second = (A*(S + N[:, None]*m*m)).sum()
+    return float((N*c).sum() + (N[:, None]*m*b).sum() - .5*second)
 
 def _scores_given_spikes(b, A, D):
     "Mean and covariance of the scores of a spike x: mean + slope' x as (mean (K, r), -slope (K, r, D)), covariance (K, r, r), and half the log determinant of its inverse."

@@ -30,7 +30,7 @@ __all__ = ['Statistics', 'Pass', 'Spikes', 'Parts', 'parts', 'start_partition', 
            'marginal', 'fit', 'log_density', 'predict']
 
 # %% ../nbs/06_inference.ipynb #8527e0bc
-from .conjugate import _AS_WRITTEN, NotConjugate, Scored, complete_conditional, derive
+from .conjugate import _AS_WRITTEN, _data_term, NotConjugate, Scored, complete_conditional, derive
 
 # %% ../nbs/06_inference.ipynb #eb9eb70c
 class Statistics(NamedTuple):
@@ -420,14 +420,6 @@ def _empty(d):
     K, D = d.n_states, d.n_features
     return Statistics(np.zeros(K), np.zeros((K, D)), np.zeros((K, D, D) if d.structure == "full" else (K, D)))
 
-def _data_term(s, quadratic):
-    "Sum over spikes of the expected log-probabilities, from statistics."
-    c, b, A = quadratic
-    N, m, S = s
-    if A.ndim == 3: second = (A*S).sum() + (N*np.einsum("ki,kij,kj->k", m, A, m)).sum()
-    else: second = (A*(S + N[:, None]*m*m)).sum()
-    return float((N*c).sum() + (N[:, None]*m*b).sum() - .5*second)
-
 def _symmetric_inverse(P):
     L = np.linalg.inv(np.linalg.cholesky(P))
     return np.swapaxes(L, -1, -2) @ L
@@ -507,21 +499,25 @@ class _Gaussian:
         known = {*self._prior, *(self._stick[1:] if self._stick else ()), *self._common}
         self._ok = set(d.parameters) <= known
         if not self._ok: return
-        # counts -> natural parameters of the weights: linear, one state at a time
-        if "counts" not in _cache(d):
-            table, p = {}, points[0]
-            for k in roles.weights:
-                base, per_state = d.natural(k, p, self._none), []
-                for u in range(d.n_states):
-                    N = np.zeros(d.n_states); N[u] = 1
-                    per_state.append([a - b for a, b in zip(d.natural(k, p, self._none._replace(count=N)), base)])
-                table[k] = [np.stack([r[i] for r in per_state]) for i in range(len(base))]
-            _cache(d)["counts"] = table
-        self._counts = _cache(d)["counts"]
+        self._find_counts(points[0], self._none)
         c, b, A = d.unit_quadratic(points[0])
         self._constants = None
         mine = self._quadratic(self._values(points[0]))
         self._constants = (c - mine[0], b[self._fixed], A[self._fixed])
+
+    def _find_counts(self, p, none):
+        "Counts -> natural parameters of the weights: linear, found one state at a time; `none`: statistics of no spikes."
+        d = self._d
+        if "counts" not in _cache(d):
+            table = {}
+            for k in self._roles.weights:
+                base, per_state = d.natural(k, p, none), []
+                for u in range(d.n_states):
+                    N = np.zeros(d.n_states); N[u] = 1
+                    per_state.append([a - b for a, b in zip(d.natural(k, p, none._replace(count=N)), base)])
+                table[k] = [np.stack([r[i] for r in per_state]) for i in range(len(base))]
+            _cache(d)["counts"] = table
+        self._counts = _cache(d)["counts"]
 
     def _find_stick(self, points, empty):
         "Beta(1, c) sticks with a Gamma prior on c: their names."
@@ -824,17 +820,7 @@ class _Factors(_Gaussian):
         self._find_common(points, empty)
         self._find_sizes(points, empty)
         if set(d.parameters) - {*self._prior, *self._thin, *(self._stick[1:] if self._stick else ()), *self._common, *self._sized}: return
-        if "counts" not in _cache(d):
-            table, p = {}, points[0]
-            N0, m0, S0 = d._nothing
-            for k in roles.weights:
-                base, per_state = d.natural(k, p, d._nothing), []
-                for u in range(d.n_states):
-                    N = N0.copy(); N[u] = 1
-                    per_state.append([a - b for a, b in zip(d.natural(k, p, (N, m0, S0)), base)])
-                table[k] = [np.stack([r[i] for r in per_state]) for i in range(len(base))]
-            _cache(d)["counts"] = table
-        self._counts = _cache(d)["counts"]
+        self._find_counts(points[0], Statistics(*d._nothing))
         self._constants = None
         self._constants = c0 - self._joint_quadratic(self._values(points[0]))[0]
         self._ok = True

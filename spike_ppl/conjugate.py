@@ -1163,6 +1163,7 @@ def _plan_of(joint, exact, known=False):
 # %% ../nbs/05_conjugate.ipynb #2eaddafa
 class Derivation:
     "The complete conditionals and expected natural parameters of all variables of a model, compiled, bound to its data."
+    scores = None # as in `LogJoint`; only `Scored` derivations have any
     def __init__(self, joint:LogJoint, plan, constant_values:dict):
         self.joint, self.model, self._plan, self._constants = joint, joint.model, plan, constant_values
         self.assignments, self.weights, self.others = plan.assignments, plan.weights, plan.others

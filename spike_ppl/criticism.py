@@ -616,7 +616,8 @@ def log_likelihood(
     max_bytes:float=8e8, # and never more memory than this: fewer draws are used for many spikes
 ) -> xr.DataTree: # the fit with the group log_likelihood: variable named as the observed one, (chain, draw, spike), nats
     "Adds the pointwise log likelihood, marginal over units, as ArviZ reads it."
-    from spike_ppl.inference import Spikes, _NewSpikes, _parameters, _quadratics
+    from spike_ppl.passes import Spikes
+    from spike_ppl.inference import _NewSpikes, _parameters, _quadratics
     post = fit["posterior"].to_dataset()
     c, d = post.sizes["chain"], post.sizes["draw"]
     x = fit["observed_data"][roles(fit)["observed"]]

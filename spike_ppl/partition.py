@@ -135,7 +135,8 @@ def _canonical_any(x):
 
 def _recover(fit, model, size, seed):
     "Assignments drawn again given draws of the parameters: labels (size, spike), position of each draw in its chain."
-    from spike_ppl.inference import Spikes, _parameters, _quadratics
+    from spike_ppl.passes import Spikes
+    from spike_ppl.inference import _parameters, _quadratics
     posterior = fit["posterior"].to_dataset()
     c, d = posterior.sizes["chain"], posterior.sizes["draw"]
     keep, rng = _even(c * d, size), np.random.default_rng(seed)

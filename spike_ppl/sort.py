@@ -712,7 +712,7 @@ def _model(name, features, truncation, noise_variance=None):
 
 def _within(x, n_groups, seed=0):
     "Covariance inside the tighter half of small groups of spikes (K-means), or None where there are too few spikes to tell."
-    from spike_ppl.inference import start_partition
+    from spike_ppl.passes import start_partition
     sd = x.std(0)
     if not np.isfinite(sd).all() or (sd == 0).any(): return None
     d = x.shape[1]

@@ -1,9 +1,12 @@
 """A model that asks two discrete questions of every spike, through every door that takes a fit."""
 import numpy as np, pymc as pm, pytest, xarray as xr
 from sklearn.metrics import adjusted_rand_score
-from spike_ppl import criticism, inference, partition
+from spike_ppl import criticism, partition
 from spike_ppl.conjugate import derive
-from spike_ppl.inference import Spikes, Sweep, fit, gibbs_step, log_density, predict
+from spike_ppl.passes import Spikes, hard_statistics
+from spike_ppl.closed_forms import closed_form, parts
+from spike_ppl.gibbs import Sweep, gibbs_step
+from spike_ppl.inference import fit, log_density, predict
 from spike_ppl.models import collisions, toy
 
 
@@ -23,14 +26,14 @@ def made(data): return fit(own_covariances(data[0], 6, kinds=0), "vb", draws=100
 
 
 def test_closed_forms_are_those_of_the_derived_functions(data):
-    d = inference._fast(derive(own_covariances(data[0], 4, kinds=0)))
+    d = closed_form(derive(own_covariances(data[0], 4, kinds=0)))
     assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (4, 8)
 
 
 def test_closed_forms_know_means_that_add_up(data):
-    d = inference._fast(derive(own_covariances(data[0], 3, kinds=4)))        # more kinds than units: the units are the assignments all the same
+    d = closed_form(derive(own_covariances(data[0], 3, kinds=4)))        # more kinds than units: the units are the assignments all the same
     assert d._checked >= {*d.parameters, "quadratic", "joint"} and (d.n_units, d.n_states) == (3, 18)
-    assert {"means", "displacements"} <= set(d._means) and inference.parts(d).unit == ("means", "precisions")
+    assert {"means", "displacements"} <= set(d._means) and parts(d).unit == ("means", "precisions")
 
 
 def test_bound_rises_with_kinds_too(data):
@@ -136,13 +139,13 @@ def joint_distribution_score(model, sweeps, seed=0):
     free = np.array([summaries(dict(zip(names, row)), 2) for row in zip(*prior)])
     fixed = pm.do(model, {k: v[0] for k, v in zip(names, prior)})
     data = pm.compile([], fixed["features"], random_seed=seed + 1)
-    d, rng = inference._fast(derive(model)), np.random.default_rng(seed + 2)
+    d, rng = closed_form(derive(model)), np.random.default_rng(seed + 2)
     point, out = {k: np.asarray(v[0]) for k, v in zip(names, prior)}, []
     for _ in range(sweeps):
         for k in names: fixed[k].set_value(np.asarray(point[k], fixed[k].dtype))
         x = data()
         joined = d.joined(point)
-        s = inference._hard_statistics(x, joined[d.assignments], d.n_states, d.structure == "full")
+        s = hard_statistics(x, joined[d.assignments], d.n_states, d.structure == "full")
         after = gibbs_step(d, Spikes(x), Sweep(joined, s, np.nan), rng).point
         point = {**{k: v for k, v in after.items() if k != d.assignments}, **d.each(after[d.assignments])}
         out.append(summaries(point, 2))

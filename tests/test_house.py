@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-NUMBERED = re.compile(r"^(\d+)[a-z]?_(\w+)$")
+NUMBERED = re.compile(r"^(\d+[a-z]?)_(\w+)$")
 
 
 def text(cell):
@@ -120,7 +120,7 @@ def test_cells_say_to_quarto_what_it_reads(notebooks):
 
 
 def modules(notebooks):
-    "Each exported module: its notebook's number and name."
+    "Each exported module: its notebook's number (with its letter, if it has one) and path."
     found = {}
     for path, nb in notebooks.items():
         for cell in nb["cells"]:
@@ -129,7 +129,7 @@ def modules(notebooks):
                 number = NUMBERED.match(path.stem)
                 assert number, f"{path}: a notebook that exports has a number"
                 assert number[2] == m[1], f"{path}: the module is named as the notebook, not {m[1]}"
-                found[m[1]] = (int(number[1]), path)
+                found[m[1]] = (number[1], path)
     return found
 
 
@@ -158,7 +158,7 @@ def test_data_flow_forward(root, notebooks, settings):
             for other in wanted:
                 if other in rooms:
                     seen += 1
-                    assert rooms[other][0] < number, f"{name} ({number:02d}) imports {other} ({rooms[other][0]:02d}): data flow forward only (line {node.lineno})"
+                    assert rooms[other][0] < number, f"{name} ({number}) imports {other} ({rooms[other][0]}): data flow forward only (line {node.lineno})"
     assert seen, "the chapters import one another"
 
 

@@ -4,9 +4,12 @@ import numpy as np, pytest, xarray as xr
 import pymc as pm, pytensor.tensor as pt
 from scipy.special import expit, logsumexp
 from scipy.stats import bernoulli, multivariate_t, poisson as poisson_
-from spike_ppl import inference
+from spike_ppl import inference, variational
 from spike_ppl.conjugate import NotConjugate, derive
-from spike_ppl.inference import ConjugateGibbs, Spikes, fit, log_density, marginal, parts, predict, start_partition
+from spike_ppl.passes import Spikes, start_partition, hard_statistics
+from spike_ppl.closed_forms import parts, closed_form
+from spike_ppl.gibbs import ConjugateGibbs
+from spike_ppl.inference import fit, log_density, marginal, predict
 from spike_ppl.models import dpmm, gmm, robust, toy
 
 quiet = dict(progressbar=False)
@@ -90,11 +93,11 @@ def test_float32_pass_is_near():
 @pytest.mark.parametrize("build", [lambda x: gmm(x, 4), lambda x: dpmm(x, 5, covariance="full", outliers=True)], ids=["gmm", "dpmm-full-outliers"])
 def test_closed_forms_equal_the_derived_functions(build, data):
     d = derive(build(data[0]))
-    fast, rng = inference._fast(d), np.random.default_rng(5)
+    fast, rng = closed_form(d), np.random.default_rng(5)
     assert fast._checked == {*d.parameters, "quadratic", "joint"}
     p = d.initial(rng)
     z = rng.integers(d.n_units, size=300)
-    s = inference._hard_statistics(np.asarray(data[0]), z, d.n_units, d.structure == "full")
+    s = hard_statistics(np.asarray(data[0]), z, d.n_units, d.structure == "full")
     q = {k: fast.natural(k, p, s) for k in d.parameters}
     for k in d.parameters:
         for a, b in zip(fast.natural(k, p, s), d.natural(k, p, s)): np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
@@ -505,12 +508,12 @@ def test_single_precision_gives_nearly_the_same_fit(model, data):
 
 
 def test_an_interrupted_vb_fit_is_a_valid_result(data, monkeypatch, tmp_path):
-    run, calls = inference._Batches.run, []
+    run, calls = variational._Batches.run, []
     def broken(self, q, *a):
         calls.append(1)
         if len(calls) == 3: raise KeyboardInterrupt
         return run(self, q, *a)
-    monkeypatch.setattr(inference._Batches, "run", broken)
+    monkeypatch.setattr(variational._Batches, "run", broken)
     with pytest.warns(UserWarning, match="stopped early"): f = fit(gmm(data[0], 4), "vb", draws=10, subset=60, tolerance=-1e9, **quiet)
     assert f.attrs["stopped"] == "KeyboardInterrupt" and f["optimisation"].sizes["iteration"] == 2
     np.testing.assert_allclose(f["unit_probability"].unit_probability.sum("unit"), 1)

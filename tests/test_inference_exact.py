@@ -4,9 +4,11 @@ import arviz as az, numpy as np, pytest
 import pymc as pm, pytensor.tensor as pt
 from scipy.special import gammaln
 from scipy.stats import beta, gamma, invgamma, kstest, norm
-from spike_ppl import inference
 from spike_ppl.conjugate import derive
-from spike_ppl.inference import Spikes, Sweep, fit, gibbs_step
+from spike_ppl.passes import Spikes, hard_statistics
+from spike_ppl.closed_forms import closed_form
+from spike_ppl.gibbs import Sweep, gibbs_step, SplitMerge
+from spike_ppl.inference import fit
 
 quiet = dict(progressbar=False)
 alpha, m0, v0, a0, b0 = .7, 0., 1.5, 3., .6
@@ -142,16 +144,16 @@ def test_five_points_that_may_have_collided_by_enumeration(method):
 def geweke(build, prior, n, sweeps, moves, seed):
     "Alternate data given parameters and a sweep given data; the parameters must keep their prior."
     rng = np.random.default_rng(seed)
-    d = inference._fast(derive(build(rng.normal(size=(n, 1)))))
+    d = closed_form(derive(build(rng.normal(size=(n, 1)))))
     w, x = None, rng.normal(size=(n, 1))
     point = prior(rng)
     z = point.pop("z")
-    jump = inference._SplitMerge(d, Spikes(x), scans=2)
+    jump = SplitMerge(d, Spikes(x), scans=2)
     assert jump.reason is None
     full, out = False, []
     for t in range(sweeps):
         x = point["mu"][z] + np.sqrt(point["var"][z])*rng.normal(size=(n, 1))
-        s = inference._hard_statistics(x, z, d.n_units, full)
+        s = hard_statistics(x, z, d.n_units, full)
         state, jump.x = Sweep({**point, "z": z}, s, np.nan), x
         if moves: state = jump(state, rng)
         state = gibbs_step(d, Spikes(x), state, rng)

@@ -3,9 +3,12 @@ import itertools
 import numpy as np, pymc as pm, pytensor.tensor as pt, pytest, xarray as xr
 from scipy import stats
 from scipy.special import logsumexp
-from spike_ppl import conjugate, inference
+from spike_ppl import closed_forms, conjugate
 from spike_ppl.conjugate import Scored, derive
-from spike_ppl.inference import Spikes, Statistics, Sweep, fit, gibbs_step, log_density, marginal, predict
+from spike_ppl.passes import Spikes, Statistics, hard_statistics
+from spike_ppl.closed_forms import closed_form, factor_near
+from spike_ppl.gibbs import Sweep, gibbs_step
+from spike_ppl.inference import fit, log_density, marginal, predict
 from spike_ppl.models import collisions, template_mixture, toy
 
 quiet = dict(progressbar=False)
@@ -73,15 +76,15 @@ def test_marginal_is_the_normal_with_loadings_in_its_covariance(how):
     for seed in range(2):
         p, rows = d.initial(np.random.default_rng(seed)), np.random.default_rng(9).normal(0, 4, (20, 3))
         want = np.stack([np.log(p["w"][k]) + stats.multivariate_normal(m, C).logpdf(rows) for k, (m, C) in enumerate(by_hand(p, 2, 3, **how))], 1)
-        for used in (d, inference._fast(d)):
+        for used in (d, closed_form(d)):
             got = values_of(used.unit_quadratic(p), rows)
             assert np.allclose(got, want, rtol=1e-8, atol=1e-8)
         z = np.random.default_rng(1).integers(2, size=len(x))
         prior = sum(float(np.sum(t)) for t in [pm.logp(d.model[k], p[k]).eval() for k in ("w", "mu")])
         own = np.stack([np.log(p["w"][k]) + stats.multivariate_normal(m, C).logpdf(x) for k, (m, C) in enumerate(by_hand(p, 2, 3, **how))], 1)[np.arange(len(x)), z].sum()
-        s = inference._hard_statistics(x, z, 2, True)
-        other = d.log_joint(p, inference._hard_statistics(x[:0], z[:0], 2, True))
-        assert np.isclose(d.log_joint(p, s) - other, own) and np.isclose(inference._fast(d).log_joint(p, s), d.log_joint(p, s)) and np.isfinite(prior)
+        s = hard_statistics(x, z, 2, True)
+        other = d.log_joint(p, hard_statistics(x[:0], z[:0], 2, True))
+        assert np.isclose(d.log_joint(p, s) - other, own) and np.isclose(closed_form(d).log_joint(p, s), d.log_joint(p, s)) and np.isfinite(prior)
 
 
 # ---- the statistics of scores that nobody drew
@@ -139,11 +142,11 @@ meant = [s for s in structures if s.get("noise") != "diagonal"]
 
 @pytest.mark.parametrize("how", meant, ids=["-".join(map(str, s.values())) or "plain" for s in meant])
 def test_closed_forms_are_those_of_the_derived_functions(how):
-    d = inference._fast(derive(factors(spikes_of(), **how)))
-    assert isinstance(d, inference._Factors) and d._checked >= {*d.parameters, "quadratic", "joint"}
+    d = closed_form(derive(factors(spikes_of(), **how)))
+    assert isinstance(d, closed_forms._Factors) and d._checked >= {*d.parameters, "quadratic", "joint"}
     x, rng = spikes_of(90, 3, 4), np.random.default_rng(8)
-    s = inference._hard_statistics(x, rng.integers(2, size=90), 2, True)
-    q = {k: inference._around(d.family[k], v) for k, v in d.initial(rng).items() if k in d.parameters}
+    s = hard_statistics(x, rng.integers(2, size=90), 2, True)
+    q = {k: factor_near(d.family[k], v) for k, v in d.initial(rng).items() if k in d.parameters}
     for _ in range(3): q = {k: d.expected_natural(k, q, d.averaged(q, s)) for k in d.parameters}                       # factors of several widths
     slow, whole = d._d, d.averaged(q, s)
     near = lambda a, b: all(np.allclose(u, v, rtol=1e-7, atol=1e-9*np.abs(v).max()) for u, v in zip(a, b))
@@ -155,7 +158,7 @@ def test_closed_forms_are_those_of_the_derived_functions(how):
 def test_other_noise_keeps_the_derived_functions(how):
     x = spikes_of()
     m = factors(x, **how)
-    d = inference._fast(derive(m))
+    d = closed_form(derive(m))
     assert not d._checked
     elbo = fit(m, "vb", draws=5, starts=1, passes=8, **quiet)["optimisation"].elbo.values
     assert np.isfinite(elbo).all() and (np.diff(elbo) > -1e-6).all()
@@ -163,11 +166,11 @@ def test_other_noise_keeps_the_derived_functions(how):
 
 def test_closed_forms_know_sizes():
     x = spikes_of(80, 3)
-    d = inference._fast(derive(collisions(x, 3, kinds=2, directions=2)))
+    d = closed_form(derive(collisions(x, 3, kinds=2, directions=2)))
     assert d._checked >= {*d.parameters, "quadratic", "joint"} and set(d._sized) == {"means", "loadings_0", "loadings_1"}
-    d = inference._fast(derive(collisions(x, 3, kinds=0, directions=1)))
+    d = closed_form(derive(collisions(x, 3, kinds=0, directions=1)))
     assert d._checked >= {*d.parameters, "quadratic", "joint"}
-    d = inference._fast(derive(template_mixture(x, 3)))
+    d = closed_form(derive(template_mixture(x, 3)))
     assert d._checked >= {*d.parameters, "quadratic", "joint"}
 
 
@@ -185,9 +188,9 @@ def test_a_wrong_closed_form_is_noticed(which, monkeypatch):
     monkeypatch.setattr(conjugate, "_plans", [])                 # what was found before is forgotten
     d = derive(factors(spikes_of(), width="variance"))
     name, change, dropped = wrong[which]
-    right = getattr(inference._Factors, name)
-    monkeypatch.setattr(inference._Factors, name, lambda self, *a: change(self, right(self, *a), *a))
-    assert inference._fast(d)._checked == (everything - dropped if dropped else frozenset())
+    right = getattr(closed_forms._Factors, name)
+    monkeypatch.setattr(closed_forms._Factors, name, lambda self, *a: change(self, right(self, *a), *a))
+    assert closed_form(d)._checked == (everything - dropped if dropped else frozenset())
 
 
 # ---- fits
@@ -372,8 +375,8 @@ def generic_summaries(m, d):
 
 def joint_distribution_score(model, summaries, sweeps, seed=0):
     "Geweke's test: alternate data given everything but the scores (drawn by PyMC) and a sweep given data; every variable must keep its prior."
-    d, rng, seen = inference._fast(derive(model)), np.random.default_rng(seed + 2), derive(model).observed[0]
-    assert isinstance(d, inference._Factors)
+    d, rng, seen = closed_form(derive(model)), np.random.default_rng(seed + 2), derive(model).observed[0]
+    assert isinstance(d, closed_forms._Factors)
     names = [v.name for v in model.free_RVs if v.name not in d.scores]
     prior = pm.draw([model[k] for k in [*names, seen]], sweeps, random_seed=seed)
     free = np.array([summaries(dict(zip(names, row)), row[-1]) for row in zip(*prior)])
@@ -384,7 +387,7 @@ def joint_distribution_score(model, summaries, sweeps, seed=0):
         for k in names: fixed[k].set_value(np.asarray(point[k], fixed[k].dtype))
         x = data()
         joined = d.joined(point)
-        s = inference._hard_statistics(x, joined[d.assignments], d.n_states, True)
+        s = hard_statistics(x, joined[d.assignments], d.n_states, True)
         after = gibbs_step(d, Spikes(x), Sweep(joined, s, np.nan), rng).point
         point = {**{k: v for k, v in after.items() if k != d.assignments}, **d.each(after[d.assignments])}
         out.append(summaries(point, x))

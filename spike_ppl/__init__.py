@@ -8,6 +8,7 @@ spike is.
 
 Modules:
 
+- `spike_ppl.alternatives`: Which other sortings, a split or a merge away from the best optimum, are nearly as probable, and how probable.
 - `spike_ppl.closed_forms`: Which of a model's variables belong to one unit, found by trying; and the derived functions of a mixture of Gaussians in a few lines of NumPy, each checked against what was derived.
 - `spike_ppl.conjugate`: Gibbs and variational updates read off a PyMC model's own log-probability, by symbolic differentiation and enumeration.
 - `spike_ppl.criticism`: Should I trust this sort? Convergence, predictive checks, comparison, calibration, and a verdict in plain words.

@@ -1088,7 +1088,8 @@ def _say_number(fit, d, pmf, sure):
         out.append(f"Counting only units of at least {floor} spikes: {k} with probability {large.max().item():.2f}; smaller ones come and go in the posterior and are no neurons.")
     full, k = _limit(fit, d)
     if full > .9 and k > 1: out.append(f"Every one of the {k} units that the model allows is in use: too few may be allowed. Fit again with more units before believing this number.")
-    if fit.attrs.get("method") in ("vb", "advi"): out.append("A variational fit understates this uncertainty: it describes one optimum.")
+    if fit.attrs.get("method") in ("vb", "advi") and "alternatives" not in fit.children:
+        out.append("A variational fit understates this uncertainty: it describes one optimum" + (" (alternatives=4 of fit weighs others beside it)." if fit.attrs["method"] == "vb" else "."))
     return out
 
 def _say_trust(units):

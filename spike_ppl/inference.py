@@ -26,7 +26,8 @@ __all__ = ['marginal', 'fit', 'log_density', 'predict', 'Statistics', 'Pass', 'S
 from .conjugate import NotConjugate, complete_conditional, derive
 from .passes import Pass, Spikes, Statistics, hard_statistics, one_blas_thread, start_partition
 from .closed_forms import Parts, closed_form, parts, recognised
-from .variational import Ascent, variational_bayes
+from .variational import Ascent, Subset, variational_bayes
+from .alternatives import answers
 from .gibbs import ConjugateGibbs, SplitMerge, Sweep, first_sweep, gibbs_step
 
 # %% ../nbs/06_inference.ipynb #61bf07e0
@@ -342,24 +343,26 @@ def _several(family, natural, n, rng):
     return np.asarray(family.draw(tuple(np.broadcast_to(v, (n, *np.shape(v))) for v in natural), rng))
 
 # %% ../nbs/06_inference.ipynb #bdb3b587
-def _fit_vb(d, spikes, *, draws, seed, memory, moves, starts, subset, passes, tolerance, batches, resume, progressbar):
+def _fit_vb(d, spikes, *, draws, seed, memory, moves, starts, subset, passes, tolerance, batches, resume, progressbar, alternatives):
     clock = _clock()
     z, names = d.assignments, list(d.parameters)
-    q, path = None, Ascent()
+    q, path, others = None, Ascent(), _Others()
     if resume is not None: q = _stored_factors(resume, d)
     bar = _Bar(None, "variational Bayes", progressbar)
     stopped, latest = None, {}
+    seek = alternatives > 0 and d.lowered and moves and bool(z)
     def progress(stage, elbo): bar(1, stage=stage, elbo=float(elbo))
     rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[1])
     try:
         q, path = variational_bayes(d, spikes, seed, starts=starts, subset=subset, moves=moves, passes=passes, tolerance=tolerance, batches=batches, q=q, path=path,
-                                    progress=progress, latest=latest)
+                                    progress=progress, latest=latest, reconsider=(lambda local, state: others.found(d, spikes, local, state, alternatives, seed, progress)) if seek else None)
+        others.on_all(lambda p: variational_bayes(d, spikes, passes=10, tolerance=tolerance, batches=batches, q=p, progress=progress))
     except (KeyboardInterrupt, Exception) as e:
         if "q" not in latest: raise
         q, stopped = latest["q"], f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
         warnings.warn(f"variational Bayes stopped early ({stopped}): the factors reached so far are in the result", stacklevel=3)
     finally: bar.close()
-    extra, R = {}, None
+    extra, R, factors = {}, None, [q, *others.factors]
     if z:
         if d.lowered:
             n = spikes.n
@@ -369,16 +372,23 @@ def _fit_vb(d, spikes, *, draws, seed, memory, moves, starts, subset, passes, to
             else: warnings.warn(f"unit_probability of {n} spikes x {d.n_states} values would take {8e-9*n*d.n_states:.1f} GB and is not kept; use predict(fit, features)", stacklevel=3)
         else: R = softmax(q[z][0], axis=-1)
         if R is not None and R.ndim == 2: extra["unit_probability"] = _unit_probability(d, R)
-    values = {k: _several(d.family[k], q[k], draws, rng)[None] for k in names}
+    share = rng.choice(len(factors), draws, p=others.probability) if len(factors) > 1 else np.zeros(draws, int)
+    values = {k: _mixed(share, [_several(d.family[k], f[k], int((share == a).sum()), rng) for a, f in enumerate(factors)])[None] for k in names}
     values.update(_deterministics(d, values))
-    if R is not None and R.ndim == 2 and draws*len(R) <= 4_000_000:
-        cumulative = np.cumsum(R, 1); cumulative[:, -1] = np.inf
-        values.update(d.each(np.stack([(rng.random(len(R))[:, None] > cumulative).sum(1, dtype=np.int32) for _ in range(draws)])[None]))
+    if R is not None and R.ndim == 2:
+        labels, shown = [], draws*len(R) <= 4_000_000
+        for a, f in enumerate(factors):
+            if a: R = spikes.soft(d.expected_quadratic(f), responsibilities=True, statistics=False).spikes
+            if a: others.units.append(_fold(d, R).astype(np.float32))
+            if shown: labels.append(_labels(R, int((share == a).sum()), rng))
+        if shown: values.update(d.each(_mixed(share, labels)[None]))
+    if len(factors) > 1: extra.update(others.groups(extra.pop("unit_probability", None)))
     elbo = np.array(path.elbo)
     extra["optimisation"] = _dataset(d, {**{k: np.stack(v) for k, v in path.values.items()}}, ("iteration",)).assign(elbo=("iteration", elbo))
     extra["variational"] = xr.Dataset({f"{k}__{i}": ([f"{k}__{i}_dim_{j}" for j in range(np.ndim(v))], np.asarray(v))
                                        for k in names for i, v in enumerate(q[k])})
     stats = xr.Dataset({"elbo": (("chain", "draw"), np.full((1, draws), elbo[-1] if len(elbo) else np.nan))}, coords={"chain": [0], "draw": np.arange(draws)})
+    if len(factors) > 1: stats["answer"] = ("chain", "draw"), share[None]
     attrs = dict(iterations=len(elbo), moves="on" if moves and d.lowered else f"off: {'the likelihood is not quadratic in the features' if moves else 'moves=False'}")
     if stopped: attrs["stopped"] = stopped
     return _tree(d, "vb", _dataset(d, values), stats, seed, _since(clock), extra, attrs)
@@ -391,6 +401,43 @@ def _stored_factors(previous, d):
     for k in d.parameters:
         out[k] = tuple(v[f"{k}__{i}"].values for i in range(len(d.family[k].fields)))
     return out
+
+def _mixed(share, values):
+    "Draws (draw, ...) of several answers in the order of `share`."
+    out = np.empty((len(share), *values[0].shape[1:]), values[0].dtype)
+    for a, v in enumerate(values): out[share == a] = v
+    return out
+
+def _labels(R, n, rng):
+    "n draws of a state for every spike, (n, spike)."
+    cumulative = np.cumsum(R, 1); cumulative[:, -1] = np.inf
+    return np.stack([(rng.random(len(R))[:, None] > cumulative).sum(1, dtype=np.int32) for _ in range(n)]) if n else np.zeros((0, len(R)), np.int32)
+
+class _Others:
+    "The other answers of a variational fit: found on a subset, brought to all spikes, put into the result."
+    judged = 4096                                                            # spikes on which answers are weighed, where there are so many
+    def __init__(self): self.answers, self.probability, self.factors, self.units = [], np.ones(1), [], []
+
+    def found(self, d, spikes, local, state, most, seed, progress):
+        "Weigh the answers around a state; the first one's state on the subset."
+        if len(local.x) < min(spikes.n, self.judged):
+            rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(3)[2])
+            local = Subset(d, spikes.take(spikes.sample(self.judged, rng)), parts(d), rng)
+            state = local.given(state.q)
+        self.answers, self.probability = answers(local, state, most, seed, progress=progress)
+        return self.answers[0].state
+
+    def on_all(self, ascend): self.factors = [ascend(a.state.q)[0] for a in self.answers[1:]]
+
+    def groups(self, first):
+        "The mean unit probability and what it is the mean of."
+        if first is None: return {}
+        each = np.stack([first.unit_probability.values, *self.units])
+        dims, a = ("answer",), self.answers
+        kept = xr.Dataset(dict(unit_probability=((*dims, *first.unit_probability.dims), each), probability=(dims, self.probability), move=(dims, ["", *(v.move for v in a[1:])]),
+            **{k: (dims, [getattr(v, k) for v in a], dict(units="nats")) for k in ("bound", "missed", "namings", "evidence")}), coords=first.unit_probability.coords)
+        mean = first.unit_probability.copy(data=np.einsum("a,ask->sk", self.probability, each).astype(first.unit_probability.dtype))
+        return dict(unit_probability=first.assign(unit_probability=mean), alternatives=kept)
 
 # %% ../nbs/06_inference.ipynb #b8ea6fde
 def _from_pymc(d, idata, spikes, rng, keep, memory, draw_assignments):
@@ -452,6 +499,7 @@ def fit(
     cores:int=1,             # threads that share each pass over the spikes; for nuts: processes
     keep_assignments=None,   # "all", every how many draws (a number), "counts", or None: decided from `memory`
     memory:float=1e9,        # bytes that assignments or unit probabilities may take
+    alternatives:int=0,      # vb: other answers, a split or a merge away, that share the draws by their probability; at most so many
     moves:bool=True,         # try to split, merge and empty units; attrs["moves"] says when they are off (vb: likelihoods not quadratic in the features)
     starts:int=4,            # restarts of vb on a subset
     subset:int=4096,         # spikes used to find a start and, in vb, to judge moves: more of them support more units
@@ -471,7 +519,7 @@ def fit(
     `attrs["stopped"]`. Errors: `ValueError` for an unknown method; `NotConjugate` where the method needs conjugacy that the model lacks.
     """
     if method not in _methods: raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(map(repr, _methods))}")
-    for name, value, least in (("draws", draws, 1), ("tune", tune, 0), ("chains", chains, 1), ("passes", passes, 1)):
+    for name, value, least in (("draws", draws, 1), ("tune", tune, 0), ("alternatives", alternatives, 0), ("chains", chains, 1), ("passes", passes, 1)):
         if int(value) != value or value < least: raise ValueError(f"{name}={value}: expected a whole number of at least {least}")
     if resume is not None:
         before = resume.attrs.get("method")
@@ -495,7 +543,7 @@ def fit(
     elif method == "vb":
         if d.others: raise NotConjugate(next(iter(d.others)), "all families", "method='vb' needs every variable conjugate; use method='gibbs', which mixes in PyMC step methods")
         out = _fit_vb(d, spikes, draws=draws, seed=seed, memory=memory, moves=moves, starts=starts, subset=subset, passes=passes, tolerance=tolerance,
-                      batches=batches, resume=resume, progressbar=progressbar)
+                      batches=batches, resume=resume, progressbar=progressbar, alternatives=alternatives)
     else: out = _fit_pymc(d, spikes, method, draws=draws, tune=tune, chains=chains, seed=seed, cores=cores, keep=keep_assignments, memory=memory,
                           passes=passes, progressbar=progressbar, resume=resume)
     if resume is not None and method != "vb": out = _joined(resume, out)

@@ -90,6 +90,15 @@ def _sample(probability, size, seed):
     for s in range(size): _categorical(probability, rng.random(n), out[s])
     return out
 
+def _from_answers(alternatives, size, seed):
+    "Partitions (size, spike) of the answers of a vb fit: as many of each as its probability has it."
+    rng = np.random.default_rng(seed)
+    p = alternatives["unit_probability"].transpose("answer", "spike", ...).values
+    answer = rng.choice(len(p), size, p=alternatives["probability"].values)
+    out = np.empty((size, p.shape[1]), np.int8 if p.shape[2] < 127 else np.int16)
+    for a in np.unique(answer): out[answer == a] = _sample(np.ascontiguousarray(p[a], float), int((answer == a).sum()), rng)
+    return out
+
 # %% ../nbs/07_partition.ipynb #7a7413c9
 def _spike_coords(da):
     "Coordinates that live on the spike dimension alone."
@@ -168,6 +177,9 @@ def _draws(fit, max_draws=None, seed=0, model=None, cells=4e8):
         p = p.transpose("spike", ...)
         values, coords = np.ascontiguousarray(p.values, float), _spike_coords(p)
         size = max_draws or int(np.clip(2e7 / len(values), 100, 1000))
+        if "alternatives" in fit.children:                                                   # spikes depend on each other through the answer that a draw is from
+            labels = _without(_from_answers(fit["alternatives"].to_dataset(), size, seed), outlier)
+            return _Draws(labels, np.zeros(size, int), np.arange(size), None, None, coords)
         labels = _without(_sample(values, size, seed), outlier)
         soft = values if outlier is None else np.delete(values, outlier, axis=1)
         return _Draws(labels, np.zeros(size, int), np.arange(size), soft, None if outlier is None else values[:, outlier], coords)
@@ -786,7 +798,7 @@ def _apply(fit, orders, sizes, role, unit_dim, k, fixed):
         ds = node.to_dataset()
         if group == "posterior": ds = new
         elif group == "sample_stats": ds = _permute(ds, orders, unit_dim, k, True)
-        elif fixed and group in ("unit_probability", "optimisation"): ds = _permute(ds, orders[0, 0], unit_dim, k, False)
+        elif fixed and group in ("unit_probability", "alternatives", "optimisation"): ds = _permute(ds, orders[0, 0], unit_dim, k, False)
         groups[group] = ds
     stats = groups.get("sample_stats", xr.Dataset(coords=dict(chain=posterior["chain"], draw=posterior["draw"])))
     groups["sample_stats"] = stats.assign(unit_size=(("chain", "draw", unit_dim), np.ascontiguousarray(sizes[..., :k])))

@@ -65,16 +65,16 @@ def _stirred(d, q, s, units=None):
     return d.stir(q, s, units) if hasattr(d, "stir") else q
 
 # %% ../nbs/05c_variational.ipynb #7de5e459
-class _State(NamedTuple):
-    "Variational state on a subset of spikes."
-    q: dict
-    R: np.ndarray
-    s: Statistics
-    elbo: float
+class State(NamedTuple):
+    "Where the ascent stands on a subset of spikes."
+    q: dict          # factors: name -> natural parameters
+    R: np.ndarray    # responsibilities, (spike, state)
+    s: Statistics    # of the states
+    elbo: float      # nats
     entropy: float   # of R
 
-class _Local:
-    "Variational passes and moves on a subset that fits the cache."
+class Subset:
+    "Passes and moves on a subset of the spikes that fits the cache."
     def __init__(self, d, x, roles, seed=0):
         self.d, self.x, self.roles = d, x, roles
         self.full = d.structure == "full"
@@ -95,11 +95,16 @@ class _Local:
     @staticmethod
     def entropy(R): return -float(xlogy(R, R).sum())
 
+    def given(self, q):
+        "The state at these factors, after one pass."
+        l = self.logits(q)
+        return self.at(softmax(l, axis=1), q, 1)
+
     def at(self, R, q=None, sweeps=2, entropy=None):
         s = self.statistics(R)
         q = _first_factors(self.d, s) if q is None else _settle(self.d, dict(q), s, sweeps)
         h = self.entropy(R) if entropy is None else entropy
-        return _State(q, R, s, _elbo(self.d, q, s, h), h)
+        return State(q, R, s, _elbo(self.d, q, s, h), h)
 
     def passes(self, state, n=1, tolerance=0.):
         for _ in range(n):
@@ -336,7 +341,7 @@ class _Local:
             if self.roles.fixed[k] or size < 8: continue
             mark = ("split", k, self._mark(state, k))
             if mark in self.failed: continue
-            base, j = state, self._empty(state)
+            base, j = state, self.empty_unit(state)
             if j is None:                                         # no unit to spare: merge the cheapest pair first
                 base, j = self._spare(state, k)
                 if base is None: self.failed[mark] = True; continue
@@ -350,7 +355,7 @@ class _Local:
             else: state = new
         return state
 
-    def _empty(self, state):
+    def empty_unit(self, state):
         for k in np.flatnonzero(~self.roles.fixed):
             if self.sizes(state.s)[k] < .5: return int(k)
         return None
@@ -361,7 +366,7 @@ class _Local:
         if not tried: return None, None
         gain, q, i, j = max(tried, key=lambda t: t[0])
         R = self.joined(state.R, i, j)
-        return _State(q, R, self.statistics(R), state.elbo + gain, self.entropy(R)), j
+        return State(q, R, self.statistics(R), state.elbo + gain, self.entropy(R)), j
 
 # %% ../nbs/05c_variational.ipynb #13c6570c
 class _Batches:
@@ -417,14 +422,14 @@ def data_partition(
     return start_partition(x.reshape(len(x), -1), d.n_units, rng)
 
 # %% ../nbs/05c_variational.ipynb #875ee964
-def _on_spikes(d, spikes, seed, *, starts, subset, moves, passes, tolerance, batches, q, path, progress, latest):
+def _on_spikes(d, spikes, seed, *, starts, subset, moves, passes, tolerance, batches, q, path, progress, latest, reconsider):
     "Of a lowered mixture: subset with restarts and moves, then full passes."
     rng = np.random.default_rng(seed)
     roles = parts(d)
     with one_blas_thread:
         if q is None:
             rows = spikes.sample(subset, rng)
-            local = _Local(d, spikes.take(rows), roles, rng)
+            local = Subset(d, spikes.take(rows), roles, rng)
             best = None
             for _ in range(max(1, starts)):
                 state = local.rescale(local.passes(local.start(rng), 8, 1e-4*len(rows)))
@@ -432,6 +437,8 @@ def _on_spikes(d, spikes, seed, *, starts, subset, moves, passes, tolerance, bat
                 progress("start", state.elbo)
             if moves: best = local.improve(best, progress=lambda st: progress("moves", st.elbo))
             else: best = local.passes(best, 20, 1e-4*len(rows))
+            latest["q"] = best.q
+            if reconsider is not None: best = reconsider(local, best)
             q = latest["q"] = best.q
         whole, last = _Batches(d, spikes, batches), -np.inf
         for _ in range(passes):
@@ -495,8 +502,9 @@ def variational_bayes(
     q:dict|None=None,   # factors to go on from, name -> natural parameters
     path:Ascent|None=None, # where the way is written down, also when the ascent breaks off
     progress=lambda stage, elbo: None, # told of every start, move and pass
+    reconsider=None,    # `Subset`, `State` -> `State`: another optimum on the subset to go on from (lowered only)
     latest:dict|None=None, # its "q" is the factors reached so far
 ) -> tuple:             # factors (name -> natural parameters), `Ascent`
     "Coordinate ascent on the model's own bound."
     how = dict(starts=starts, passes=passes, tolerance=tolerance, q=q, path=path or Ascent(), progress=progress, latest={} if latest is None else latest)
-    return _on_spikes(d, spikes, seed, subset=subset, moves=moves, batches=batches, **how) if d.lowered else _as_written(d, seed, **how)
+    return _on_spikes(d, spikes, seed, subset=subset, moves=moves, batches=batches, reconsider=reconsider, **how) if d.lowered else _as_written(d, seed, **how)

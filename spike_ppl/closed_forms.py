@@ -491,7 +491,8 @@ class _Factors(_Gaussian):
         if not np.allclose(own, own[0]) or not np.allclose(own[0], np.diag(tau[0]), rtol=1e-7, atol=1e-7*np.abs(A0[:, D:, D:]).max()): return
         centre = (b0[:, D:] + np.einsum("kdi,kde,ke->ki", M[:, :, 1:], T, M[:, :, 0]))/tau
         if not np.allclose(centre, centre[0], rtol=1e-6, atol=1e-7): return
-        self._score_mean, self._score_precision, self._score_width = centre[0], tau[0].copy(), [None]*r
+        near_zero = np.abs(centre[0])*np.sqrt(tau[0]) < 1e-7              # of the prior's sd: round-off, and what it divides would be anything
+        self._score_mean, self._score_precision, self._score_width = np.where(near_zero, 0., centre[0]), tau[0].copy(), [None]*r
         for k in widths:
             v = float(points[0][k])
             at = np.flatnonzero(np.isclose(tau[0], 1/v if kinds[k] == "InverseGamma" else v, rtol=1e-6))

@@ -192,6 +192,11 @@ def _cholesky_of(L):
         return None if C is None else C[L.owner.inputs[1]]
     return None
 
+def _round_shaped(P):
+    "Multiples of the identity with the determinants of some matrices: two ways to write a density agree at any matrix, but at an ill-conditioned one not to round-off."
+    P = np.asarray(P, float)
+    return np.exp(np.linalg.slogdet(P)[1] / P.shape[-1])[..., None, None] * np.eye(P.shape[-1])
+
 def _precision_form(plain, rv, term, swap, observed, data, start, verify):
     "MvNormal and Wishart terms rewritten so that no derivative runs through a Cholesky factor; checked against PyMC's own term."
     op = type(rv.owner.op).__name__ if rv.owner is not None else ""
@@ -227,7 +232,7 @@ def _precision_form(plain, rv, term, swap, observed, data, start, verify):
         for v in free:
             x = few(np.asarray(start[v.name]))
             if v.dtype.startswith(("int", "uint", "bool")): args.append(rng.integers(0, 2, size=x.shape).astype(v.dtype))
-            elif type(rvs[v].owner.op).__name__ == "WishartRV": args.append(Wishart(x.shape).generic(x, rng))
+            elif type(rvs[v].owner.op).__name__ == "WishartRV": args.append(Wishart(x.shape).generic(_round_shaped(x), rng))
             else: args.append(x * np.exp(.05 * rng.normal(size=x.shape)))
         try: own, *ours = f(*args, *(few(d) for d in data.values()))
         except Exception:

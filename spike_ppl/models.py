@@ -115,6 +115,21 @@ def _round(x, digits=2):
     scale = 10. ** (digits - 1 - np.floor(np.log10(np.abs(np.where(x == 0, 1, x)))))
     return np.round(x * scale) / scale
 
+def _round_covariance(C, what):
+    "A covariance rounded to three significant digits, or as many as leave the variance in every direction; an error for one that has none in some direction."
+    C = np.asarray(C, float)
+    sd = np.sqrt(np.diag(C))
+    values, vectors = np.linalg.eigh(C / sd / sd[:, None])
+    if values[0] < 1e-12 * len(C):
+        raise ValueError(f"{what} is singular: a weighted sum of the features is the same in every spike, or there are fewer spikes than features. "
+                         "Leave features out, or project the spikes on fewer.")
+    root = vectors / np.sqrt(values)
+    for digits in range(3, 16):
+        rounded = _round(C, digits)
+        rounded = (rounded + rounded.T) / 2
+        if np.abs(root.T @ (rounded / sd / sd[:, None]) @ root - np.eye(len(C))).max() * len(C) < .5: return rounded
+    return (C + C.T) / 2
+
 def _within(x, k, seed=0, limit=2000, rounds=10):
     "Variance per feature inside the groups of a quick K-means (k-means++ start), the median over spikes."
     rng = np.random.default_rng(seed)
@@ -223,8 +238,8 @@ def _coords(x, names, channel, covariance, n_units):
 def _outliers(x, covariance, priors):
     "Mean and (co)variance of the outlier component: the cloud of all spikes, made broader."
     centre = np.median(x, axis=0)
-    cloud = _round(np.cov(x.T).reshape(x.shape[1], -1) * priors["outlier_scale"], 3)
-    cloud = (cloud + cloud.T) / 2 + 1e-6 * np.diag(np.diag(cloud))
+    cloud = np.cov(x.T).reshape(x.shape[1], -1) * priors["outlier_scale"]
+    cloud = _round_covariance(cloud + 1e-6 * np.diag(np.diag(cloud)), "the outliers' covariance")
     return centre, np.diag(cloud).copy() if covariance == "diagonal" else cloud
 
 def _assign(x, weights, means, spread, covariance, priors, outliers):
@@ -395,7 +410,7 @@ def collisions(
 ) -> pm.Model: # free variables weights, means, common_covariance, precisions, collision_precision, collided_fraction, assignments, collided (sizes, loadings_0, scores_0, ...; displacements, kind_precisions, kind_shares); observed features
     """Mixture of Gaussians that share their noise, whose spikes vary in a few directions of their unit's own, and may have collided with another, which displaces them whatever their unit.
 
-    Raises `ValueError` for `kinds` or `directions` below 0, or degrees of freedom too few for the covariances to have a mean."""
+    Raises `ValueError` for `kinds` or `directions` below 0, degrees of freedom too few for the covariances to have a mean, or features of which a weighted sum never varies."""
     x, names, _ = _check(features, n_units, "n_units")
     kinds, directions, d = (_count(kinds, "kinds") if kinds else 0), (_count(directions, "directions") if directions else 0), len(names)
     coords = _coords(x, names, None, "full", n_units) | dict(stick=np.arange(n_units - 1), kind=np.arange(kinds))
@@ -412,7 +427,7 @@ def collisions(
         precisions = pm.Wishart("precisions", nu=dof, V=pt.linalg.inv(common) / (dof - d - 1), shape=(n_units, d, d), dims=("unit", *square))
         noise = pt.linalg.inv(precisions)
         dof = priors["collision_dof"]
-        broad = _round(np.cov(x.T).reshape(d, d) * priors["collision_scale"], 3) * (dof - d - 1)
+        broad = _round_covariance(np.cov(x.T).reshape(d, d) * priors["collision_scale"], "the covariance of all spikes") * (dof - d - 1)
         collision_precision = pm.Wishart("collision_precision", nu=dof, V=np.linalg.inv(broad), dims=square)
         spread, where = [noise, pt.linalg.inv(collision_precision)[None]], pt.zeros((2, d))
         fraction = pm.Beta("collided_fraction", 1., priors["collision_odds"])

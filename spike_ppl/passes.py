@@ -240,7 +240,7 @@ class Spikes:
         return np.concatenate([np.asarray(self.rows(s, min(s + self.task, self.n)), float)[rows[(rows >= s) & (rows < s + self.task)] - s]
                                for s in range(0, self.n, self.task)])
 
-    def _run(self, quadratic, work, statistics, spread):
+    def _run(self, quadratic, work, statistics):
         quadratic = tuple(np.asarray(v, float) for v in quadratic)
         K, D = quadratic[1].shape
         if D != self.n_features: raise ValueError(f"the units have {D} features, the spikes {self.n_features}")
@@ -299,7 +299,7 @@ class Spikes:
             out = _soften(v.L, c, w, v.top, v.total, v.mean, v.density)
             if responsibilities: R[start:start + n] = v.L.T
             return out
-        return Pass(*self._run(quadratic, work, statistics, False), R)
+        return Pass(*self._run(quadratic, work, statistics), R)
 
     def hard(self,
         quadratic,       # (c, b, A) of the units
@@ -313,7 +313,7 @@ class Spikes:
             lse = _harden(v.L, c, key, start, v.top, v.total, v.mean, v.z)
             z[start:start + n] = v.z
             return lse, 0.
-        return Pass(*self._run(quadratic, work, True, False), z)
+        return Pass(*self._run(quadratic, work, True), z)
 
     def log_density(self,
         quadratic,       # (c, b, A) of the units
@@ -325,7 +325,7 @@ class Spikes:
             lse, h = _soften(v.L, c, v.ones, v.top, v.total, v.mean, v.density)
             out[start:start + n] = v.density
             return lse, h
-        self._run(quadratic, work, False, False)
+        self._run(quadratic, work, False)
         return out
 
 
@@ -338,7 +338,6 @@ def hard_statistics(
     full:bool,       # scatter as a matrix, or along each feature only
 ) -> Statistics:
     "Statistics of units under given assignments."
-    spikes = Spikes(x)
     N, D = np.bincount(z, minlength=n_units).astype(float), x.shape[1]
     mean = np.stack([np.bincount(z, x[:, j], n_units) for j in range(D)], 1)/np.maximum(N, 1)[:, None]
     y = x - mean[z]

@@ -65,6 +65,12 @@ def _stirred(d, q, s, units=None):
     return d.stir(q, s, units) if hasattr(d, "stir") else q
 
 # %% ../nbs/05c_variational.ipynb #7de5e459
+def _unless_broken(candidate, refused):
+    "What a move makes, or `refused` if a covariance on the way there is none (any longer): such a candidate is worse than what is."
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        try: return candidate()
+        except np.linalg.LinAlgError: return refused
+
 class State(NamedTuple):
     "Where the ascent stands on a subset of spikes."
     q: dict          # factors: name -> natural parameters
@@ -124,8 +130,8 @@ class Subset:
         if not hasattr(self.d, "rescaled"): return state
         for _ in range(5):
             q = self.d.rescaled(state.q, state.s)
-            new = state if q is None else self.at(state.R, q, 3, state.entropy)
-            if new.elbo <= state.elbo + 1e-6*abs(state.elbo): break
+            new = None if q is None else _unless_broken(lambda: self.at(state.R, q, 3, state.entropy), None)
+            if new is None or not new.elbo > state.elbo + 1e-6*abs(state.elbo): break          # not what is NaN, either
             state = new
         return state
 
@@ -158,15 +164,18 @@ class Subset:
 
     # -- moves: each returns a candidate state or None
     def _judge(self, state, R, q):
-        new = self.passes(self.at(R, q), 2)
-        return new if new.elbo > state.elbo + 1e-6*abs(state.elbo)**.5 else None
+        new = _unless_broken(lambda: self.passes(self.at(R, q), 2), None)
+        return new if new is not None and new.elbo > state.elbo + 1e-6*abs(state.elbo)**.5 else None
 
-    def merge(self, state, i, j):
+    def merge(self, state, i, j): return _unless_broken(lambda: self._merged(state, i, j), (-np.inf, None))
+
+    def _merged(self, state, i, j):
         first, second = state.R[:, self.states[i]], state.R[:, self.states[j]]
         change = self.entropy(first + second) - self.entropy(first) - self.entropy(second)
         t = self.pooled(state.s, i, j)
         q = _settle(self.d, _stirred(self.d, dict(state.q), t, [i]), t, 2)
-        return _elbo(self.d, q, t, state.entropy + change) - state.elbo, q
+        gain = _elbo(self.d, q, t, state.entropy + change) - state.elbo
+        return (gain if np.isfinite(gain) else -np.inf), q
 
     def joined(self, R, i, j):
         new = R.copy(); new[:, self.states[i]] += R[:, self.states[j]]; new[:, self.states[j]] = 0
@@ -184,7 +193,9 @@ class Subset:
             N[a], N[b], m[b], S[b] = n, 0., 0., 0.
         return Statistics(N, m, S)
 
-    def split(self, state, k, j, how, scans=4):
+    def split(self, state, k, j, how): return _unless_broken(lambda: self._cut(state, k, j, how), (-np.inf, None, None))
+
+    def _cut(self, state, k, j, how, scans=4):
         R, a, b = state.R, self.states[k], self.states[j]
         rows = np.flatnonzero(R[:, a].sum(1) > 1e-4)
         if len(rows) < 4: return -np.inf, None, None
@@ -251,8 +262,8 @@ class Subset:
             q[name] = tuple(np.array(v) for v in q[name])
             for v, old in zip(q[name], state.q[name]):
                 if v.ndim and len(v) == self.d.family[name].shape[0]: v[free] = old[order]
-        new = self.at(R, q, 3)
-        return new if new.elbo > state.elbo + 1e-9*abs(state.elbo) else None
+        new = _unless_broken(lambda: self.at(R, q, 3), None)
+        return new if new is not None and new.elbo > state.elbo + 1e-9*abs(state.elbo) else None
 
     def pairs(self, state, most):
         "Pairs of units worth merging, most overlapping first."
@@ -362,7 +373,7 @@ class Subset:
 
     def _spare(self, state, keep):
         if self.merges is None or self.merges[0] is not state: self.merges = state, [(*self.merge(state, i, j), i, j) for i, j in self.pairs(state, 3)]
-        tried = [t for t in self.merges[1] if keep not in t[2:]]
+        tried = [t for t in self.merges[1] if keep not in t[2:] and t[0] > -np.inf]
         if not tried: return None, None
         gain, q, i, j = max(tried, key=lambda t: t[0])
         R = self.joined(state.R, i, j)

@@ -1,13 +1,13 @@
 """A model that asks two discrete questions of every spike, through every door that takes a fit."""
 import numpy as np, pymc as pm, pytest, xarray as xr
 from sklearn.metrics import adjusted_rand_score
-from spike_ppl import criticism, partition
+from spike_ppl import criticism, models, partition
 from spike_ppl.conjugate import derive
 from spike_ppl.passes import Spikes, hard_statistics
 from spike_ppl.closed_forms import closed_form, parts
 from spike_ppl.gibbs import Sweep, gibbs_step
 from spike_ppl.inference import fit, log_density, predict
-from spike_ppl.models import collisions, toy
+from spike_ppl.models import collisions, gmm, toy
 
 
 # units with covariances of their own, as these tests' data have them; the default, in which they share their noise and vary in directions, has its own test below
@@ -171,3 +171,44 @@ def test_units_that_vary_in_directions_of_their_own_stay_whole():
     biggest = np.argmax(found.posterior["means"].mean(("chain", "draw")).values[:, 0])
     along = np.linalg.eigvalsh(found.posterior["covariances"].mean(("chain", "draw")).values[biggest])
     assert 10 < along[-1] < 24 and along[:-1].max() < 2.5                                          # variance of its gain: (.1 |mean|)^2 = 17
+
+
+def collinear(cond, d=4, seed=1, n=200):
+    "Features whose covariance has that condition number, and a covariance that has it."
+    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+    wide = turn*np.geomspace(1, 1/cond, d) @ turn.T
+    x = np.asarray(toy(n, 3, d, seed=1)[0].values)
+    own = np.linalg.cholesky(np.cov(x.T))
+    return (x - x.mean(0)) @ np.linalg.inv(own).T @ np.linalg.cholesky(wide).T, (wide + wide.T)/2
+
+
+@pytest.mark.parametrize("cond", [1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_broad_covariances_stay_covariances(cond, seed):
+    x, wide = collinear(cond, seed=seed)
+    mine = np.linalg.inv(np.linalg.cholesky(wide))
+    rounded = models._round_covariance(np.cov(x.T), "it")
+    assert np.array_equal(rounded, rounded.T) and abs(np.linalg.eigvalsh(mine @ rounded @ mine.T) - 1).max() < .5
+    _, cloud = models._outliers(x, "full", models.default_priors(x, 3))
+    assert np.linalg.eigvalsh(mine @ cloud @ mine.T).min() > 2                      # four times as wide
+
+def test_three_digits_where_they_are_enough():
+    wide = np.array([[1.23456, .5], [.5, 3.]])
+    assert np.array_equal(models._round_covariance(wide, "it"), [[1.23, .5], [.5, 3.]])
+
+def test_features_that_say_the_same_are_refused_by_collisions():
+    x = toy(100, 3, 3, seed=1)[0].values
+    for same in (np.c_[x, x[:, 0] - 2*x[:, 1]], x[:3]):
+        with pytest.raises(ValueError, match="covariance of all spikes is singular"): collisions(same, 3)
+    gmm(np.c_[x, x[:, 0]], 3, covariance="full", outliers=True)                    # whose outliers are made a little wider
+
+def test_collisions_of_nearly_collinear_features_are_fitted():
+    x, _ = collinear(1e4)
+    found = fit(collisions(x, 3, kinds=0, directions=0), "vb", draws=5, starts=1, progressbar=False)
+    assert np.isfinite(log_density(found, x)).all()
+
+@pytest.mark.parametrize("d", [8, 20])
+def test_units_may_have_an_ill_conditioned_scale(d):
+    x, wide = collinear(1e6, d=d)
+    found = fit(gmm(x, 3, covariance="full", priors=dict(variance_scale=wide)), "vb", draws=5, starts=1, progressbar=False)
+    assert np.isfinite(log_density(found, x)).all()

@@ -3,7 +3,7 @@ import itertools
 import numpy as np, pymc as pm, pytensor.tensor as pt, pytest, xarray as xr
 from scipy import stats
 from scipy.special import logsumexp
-from spike_ppl import closed_forms, conjugate
+from spike_ppl import closed_forms, conjugate, variational
 from spike_ppl.conjugate import Scored, derive
 from spike_ppl.passes import Spikes, Statistics, hard_statistics
 from spike_ppl.closed_forms import closed_form, factor_near
@@ -477,3 +477,32 @@ def test_gains_do_not_stay_at_the_scale_of_a_wrong_start(seed):
     found = fit(template_mixture(x, 3), "vb", draws=50, seed=seed, progressbar=False)
     assert abs(found.posterior["gain_variance"].mean()/.15**2 - 1) < .3
     assert np.abs(np.sort(found.posterior["means"].mean(("chain", "draw")).values, 0) - np.sort(templates, 0)).max() < 1.5
+
+
+def test_scores_around_zero_have_no_scale_to_return_to():
+    x = toy(300, 4, 3, seed=1)[0]                                   # read to round-off, the scores' mean was 1e-16, and rows were multiplied by its inverse: singular matrices in one fit of six
+    model = collisions(x, 3, kinds=2)
+    d = closed_form(derive(model))
+    assert "quadratic" in d._checked and not d._score_mean.any()
+    assert d.rescaled({k: factor_near(d.family[k], v) for k, v in d.initial().items() if k in d.parameters}, None) is None
+    for seed in (2, 10): assert np.isfinite(log_density(fit(model, "vb", draws=5, seed=seed, **quiet), x)).all()
+
+@pytest.mark.parametrize("scale", [1e16, 1e200, np.nan, np.inf])
+def test_a_rescaling_or_move_without_covariances_is_refused(scale, monkeypatch):
+    x = spikes_of(120)
+    d = closed_form(derive(factors(x, kind="gain")))
+    local = variational._Local(d, x, closed_forms.parts(d))
+    state = local.passes(local.start(0), 3)
+    broken = {k: (v[0], v[1]*scale) if k == "mu" else v for k, v in state.q.items()}
+    d.rescaled = lambda q, s: broken
+    with np.errstate(all="raise"): assert local.rescale(state) is state or local.rescale(state).elbo > state.elbo
+    new = local._judge(state, state.R, broken)
+    assert new is None or new.elbo > state.elbo
+    def singular(*_, **__): raise np.linalg.LinAlgError("Matrix is not positive definite")
+    monkeypatch.setattr(variational, "_settle", singular)
+    assert local.rescale(state) is state and local._judge(state, state.R, state.q) is None
+    assert local.merge(state, 0, 1) == (-np.inf, None) and local.split(state, 0, 1, "axis") == (-np.inf, None, None)
+    order = np.argsort(local.sizes(state.s))                       # smallest first, so that there is something to sort
+    R = state.R.copy(); R[:, local.states[[0, 1]]] = state.R[:, local.states[order]]
+    assert local.sort(state._replace(R=R, s=local.statistics(R))) is None
+    assert local._spare(state, 5) == (None, None)

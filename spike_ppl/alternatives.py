@@ -20,7 +20,7 @@ from scipy.special import softmax
 
 # %% ../nbs/05e_alternatives.ipynb #f56ccd84
 from .passes import Statistics, lowered_weights, unlifted
-from .variational import State, Subset
+from .variational import State, Subset, unless_broken
 
 # %% ../nbs/05e_alternatives.ipynb #ea7e4b1b
 class Location:
@@ -196,7 +196,8 @@ def _candidates(local, state, near):
     "Splits and merges whose restricted optimum is not more than `near` nats below: bound above the state's, name, units before, units after, state."
     N, out = local.sizes(state.s), []
     def add(name, before, after, R, q):
-        new = _restricted(local, R, q, after)
+        new = unless_broken(lambda: _restricted(local, R, q, after), None)
+        if new is None: return
         gain = new.elbo - state.elbo
         if gain > -near and local.sizes(new.s)[list(after)].min() >= _fewest and all(o[1] != name or abs(gain - o[0]) > 1 for o in out):
             out.append((gain, name, before, after, new))
@@ -208,7 +209,8 @@ def _candidates(local, state, near):
             if R is not None: add(f"split {k}", (k,), (k, j), R, q)
     for i, j in local.pairs(state, 3):
         if N[j] > N[i]: i, j = j, i
-        if N[j] >= 1: add(f"merge {i} {j}", (i, j), (i,), local.joined(state.R, i, j), local.merge(state, i, j)[1])
+        q = local.merge(state, i, j)[1] if N[j] >= 1 else None
+        if q is not None: add(f"merge {i} {j}", (i, j), (i,), local.joined(state.R, i, j), q)
     return sorted(out, key=lambda o: -o[0])
 
 # %% ../nbs/05e_alternatives.ipynb #9eb37319
@@ -226,7 +228,8 @@ class _Neighbours:
         unused, named = len(_unused(local, state)), exchangeable(local, state)
         density = _density(local, state)
         for _, name, before, after, new in _candidates(local, state, self.near)[:2*self.most]:
-            new = local.passes(new, 60, 5e-3)
+            new = unless_broken(lambda: local.passes(new, 60, 5e-3), None)
+            if new is None: continue
             bound = new.elbo - state.elbo
             same = [a for a in out if abs(a.state.elbo - new.elbo) < .5 and np.abs(a.density - _density(local, new)).mean() < 1e-3]
             if bound < -self.far or same or local.sizes(new.s)[list(after)].min() < _fewest: continue

@@ -65,7 +65,7 @@ def _stirred(d, q, s, units=None):
     return d.stir(q, s, units) if hasattr(d, "stir") else q
 
 # %% ../nbs/05c_variational.ipynb #7de5e459
-def _unless_broken(candidate, refused):
+def unless_broken(candidate, refused):
     "What a move makes, or `refused` if a covariance on the way there is none (any longer): such a candidate is worse than what is."
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         try: return candidate()
@@ -130,7 +130,7 @@ class Subset:
         if not hasattr(self.d, "rescaled"): return state
         for _ in range(5):
             q = self.d.rescaled(state.q, state.s)
-            new = None if q is None else _unless_broken(lambda: self.at(state.R, q, 3, state.entropy), None)
+            new = None if q is None else unless_broken(lambda: self.at(state.R, q, 3, state.entropy), None)
             if new is None or not new.elbo > state.elbo + 1e-6*abs(state.elbo): break          # not what is NaN, either
             state = new
         return state
@@ -164,10 +164,10 @@ class Subset:
 
     # -- moves: each returns a candidate state or None
     def _judge(self, state, R, q):
-        new = _unless_broken(lambda: self.passes(self.at(R, q), 2), None)
+        new = unless_broken(lambda: self.passes(self.at(R, q), 2), None)
         return new if new is not None and new.elbo > state.elbo + 1e-6*abs(state.elbo)**.5 else None
 
-    def merge(self, state, i, j): return _unless_broken(lambda: self._merged(state, i, j), (-np.inf, None))
+    def merge(self, state, i, j): return unless_broken(lambda: self._merged(state, i, j), (-np.inf, None))
 
     def _merged(self, state, i, j):
         first, second = state.R[:, self.states[i]], state.R[:, self.states[j]]
@@ -193,9 +193,9 @@ class Subset:
             N[a], N[b], m[b], S[b] = n, 0., 0., 0.
         return Statistics(N, m, S)
 
-    def split(self, state, k, j, how): return _unless_broken(lambda: self._cut(state, k, j, how), (-np.inf, None, None))
+    def split(self, state, k, j, how, scans=4): return unless_broken(lambda: self._cut(state, k, j, how, scans), (-np.inf, None, None))
 
-    def _cut(self, state, k, j, how, scans=4):
+    def _cut(self, state, k, j, how, scans):
         R, a, b = state.R, self.states[k], self.states[j]
         rows = np.flatnonzero(R[:, a].sum(1) > 1e-4)
         if len(rows) < 4: return -np.inf, None, None
@@ -262,7 +262,7 @@ class Subset:
             q[name] = tuple(np.array(v) for v in q[name])
             for v, old in zip(q[name], state.q[name]):
                 if v.ndim and len(v) == self.d.family[name].shape[0]: v[free] = old[order]
-        new = _unless_broken(lambda: self.at(R, q, 3), None)
+        new = unless_broken(lambda: self.at(R, q, 3), None)
         return new if new is not None and new.elbo > state.elbo + 1e-9*abs(state.elbo) else None
 
     def pairs(self, state, most):

@@ -491,7 +491,7 @@ def test_scores_around_zero_have_no_scale_to_return_to():
 def test_a_rescaling_or_move_without_covariances_is_refused(scale, monkeypatch):
     x = spikes_of(120)
     d = closed_form(derive(factors(x, kind="gain")))
-    local = variational._Local(d, x, closed_forms.parts(d))
+    local = variational.Subset(d, x, closed_forms.parts(d))
     state = local.passes(local.start(0), 3)
     broken = {k: (v[0], v[1]*scale) if k == "mu" else v for k, v in state.q.items()}
     d.rescaled = lambda q, s: broken

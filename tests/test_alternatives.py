@@ -194,3 +194,11 @@ def test_honest_about_one_or_two_units():
     assert log(said) < log(alone)
     between = (said > .1) & (said < .9)
     assert between.sum() >= 5 and abs(said[between].mean() - truth[between].mean()) < .3
+
+def test_an_interrupt_keeps_the_first_answer(monkeypatch):
+    def interrupted(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr("spike_ppl.alternatives.missed", interrupted)
+    x = two(2.8, 300, 2, 3)
+    with pytest.warns(UserWarning, match="stopped early"): f = fit(gmm(x, 6, covariance="full"), "vb", draws=50, seed=1, alternatives=4, **quiet)
+    assert "KeyboardInterrupt" in f.attrs["stopped"] and "alternatives" not in f.children
+    assert np.allclose(f["unit_probability"].unit_probability.sum("unit"), 1) and float(n_units(f).sum()) == 1

@@ -204,7 +204,7 @@ def _candidates(local, state, near):
     for k in np.argsort(-N, kind="stable").tolist():
         j = local.empty_unit(state)
         if local.roles.fixed[k] or N[k] < 2*_fewest or j is None: continue
-        for how in ("axis", "scaled"):
+        for how in ("axis", "second axis", "third axis", "scaled"):
             R, q = next(((R, q) for scans in (20, 4) for _, R, q in [local.split(state, k, j, how, scans)] if R is not None), (None, None))
             if R is not None: add(f"split {k}", (k,), (k, j), R, q)
     for i, j in local.pairs(state, 3):
@@ -231,7 +231,7 @@ class _Neighbours:
             new = unless_broken(lambda: local.passes(new, 60, 5e-3), None)
             if new is None: continue
             bound = new.elbo - state.elbo
-            same = [a for a in out if abs(a.state.elbo - new.elbo) < .5 and np.abs(a.density - _density(local, new)).mean() < 1e-3]
+            same = [a for a in out if abs(a.state.elbo - new.elbo) < .5 and np.abs(a.density - _density(local, new)).mean() < .05]
             if bound < -self.far or same or local.sizes(new.s)[list(after)].min() < _fewest: continue
             namings = (np.log(unused) if len(after) > len(before) else -np.log(unused + 1)) if named else 0.
             out.append(Answer(name, new, bound, self._missed(new, after) - self._missed(state, before), namings, _density(local, new)))

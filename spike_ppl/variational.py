@@ -202,10 +202,9 @@ class Subset:
         own, y = R[np.ix_(rows, a)], self.x[rows]
         w = own.sum(1)
         centred = y - (w @ y)/w.sum()
-        if how == "axis":
+        if how in ("axis", "second axis", "third axis"):
             _, vectors = np.linalg.eigh((centred.T*w) @ centred)
-            side = centred @ vectors[:, -1]
-            left = side > 0
+            left = centred @ vectors[:, -min(1 + ("axis", "second axis", "third axis").index(how), len(vectors))] > 0
         else:
             scaled = centred/np.sqrt(np.maximum(w @ centred**2/w.sum(), 1e-12)) if how == "scaled" else centred
             left = start_partition(scaled, 2, self.rng, 3) == 0

@@ -16,10 +16,9 @@ __all__ = ['Location', 'missed', 'exchangeable', 'Answer', 'weigh', 'answers']
 # %% ../nbs/05e_alternatives.ipynb #38384221
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 
 # %% ../nbs/05e_alternatives.ipynb #f56ccd84
-from .passes import Statistics, lowered_weights, unlifted
 from .variational import State, Subset, unless_broken
 
 # %% ../nbs/05e_alternatives.ipynb #ea7e4b1b
@@ -73,11 +72,9 @@ class _Around:
     def answer(self, q, names):
         "Where a pass takes the factors."
         d, own = self.local.d, self.own
-        c, W = lowered_weights(d.expected_quadratic(q), self.local.centre)
-        self.logits[:, own] = c[own] + self.phi @ W[own].T
+        self.logits[:, own] = self.local.logits_of(self.phi, q, own)
         R = softmax(self.logits, axis=1)[:, own]
-        s = Statistics(*(np.array(v) for v in self.state.s))
-        for v, new in zip(s, unlifted(self.rest[0] + R.sum(0), self.rest[1] + R.T @ self.phi, self.local.full, self.local.centre)): v[own] = new
+        s = self.local.replaced(self.state.s, own, self.rest[0] + R.sum(0), self.rest[1] + R.T @ self.phi)
         whole, q = d.averaged(q, s), dict(q)
         for n in names: q[n] = d.expected_natural(n, q, whole)
         return np.concatenate([p.read(q[n]) for n in names for p in self.places[n]])
@@ -135,24 +132,14 @@ def missed(
     return float(around.exact([n for n in around.names if n not in matrices]) + around.probed(matrices))
 
 # %% ../nbs/05e_alternatives.ipynb #c787e3d8
-def _unused(local, state):
-    "Units that may be, and are not, in use."
-    return np.flatnonzero(~local.roles.fixed & (local.sizes(state.s) < .5))
-
 def exchangeable(
     local:Subset, state:State,
 ) -> bool:
     "Whether units may change names without a change of the bound, tried with the largest unit and one that is not in use."
-    unused = _unused(local, state)
+    unused = local.unused(state)
     if not len(unused): return False
     k, j = int(np.argmax(np.where(local.roles.fixed, -1, local.sizes(state.s)))), int(unused[-1])
-    R, q = state.R.copy(), dict(state.q)
-    for a, b in zip(local.states[k], local.states[j]): R[:, [a, b]] = R[:, [b, a]]
-    for n in local.roles.unit:
-        q[n] = tuple(np.array(v) for v in q[n])
-        for v in q[n]:
-            if v.ndim and len(v) == local.d.family[n].shape[0]: v[[k, j]] = v[[j, k]]
-    same, renamed = (local.at(r, p, 3, state.entropy).elbo for r, p in ((state.R, dict(state.q)), (R, q)))
+    same, renamed = (local.renamed(state, [k, j], source, state.entropy).elbo for source in ([k, j], [j, k]))
     return abs(renamed - same) < 1e-6*abs(same)**.5
 
 # %% ../nbs/05e_alternatives.ipynb #4c06708d
@@ -167,10 +154,7 @@ class Answer(NamedTuple):
     @property
     def evidence(self): return self.bound + self.missed + self.namings
 
-def _density(local, state):
-    l = local.logits(state.q)
-    top = l.max(1)
-    return np.log(np.exp(l - top[:, None]).sum(1)) + top
+def _density(local, state): return logsumexp(local.logits(state.q), axis=1)
 
 def _restricted(local, R, q, units, most=200):
     "Passes over the spikes of some units alone, all else held, until no state's share moves by 0.02 spikes."
@@ -180,12 +164,10 @@ def _restricted(local, R, q, units, most=200):
     phi, part = local.phi[rows], R[np.ix_(rows, own)]
     mass, whole, q = part.sum(1, keepdims=True), local.statistics(R), dict(q)
     for _ in range(most):
-        before, s = part, Statistics(*(np.array(v) for v in whole))
-        for v, new in zip(s, unlifted(part.sum(0), part.T @ phi, local.full, local.centre)): v[own] = new
-        averaged = d.averaged(q, s)
+        before = part
+        averaged = d.averaged(q, local.replaced(whole, own, part.sum(0), part.T @ phi))
         for n in names: q[n] = d.expected_natural(n, q, averaged)
-        c, W = lowered_weights(d.expected_quadratic(q), local.centre)
-        part = mass*softmax(c[own] + phi @ W[own].T, axis=1)
+        part = mass*softmax(local.logits_of(phi, q, own), axis=1)
         if np.abs((part - before).sum(0)).max() < .02: break
     R = R.copy(); R[np.ix_(rows, own)] = part
     return local.at(R, q, 2)
@@ -194,23 +176,22 @@ _fewest = 8    # spikes of a unit that another answer may add
 
 def _candidates(local, state, near):
     "Splits and merges whose restricted optimum is not more than `near` nats below: bound above the state's, name, units before, units after, state."
-    N, out = local.sizes(state.s), []
+    N, out, j = local.sizes(state.s), [], local.empty_unit(state)
     def add(name, before, after, R, q):
         new = unless_broken(lambda: _restricted(local, R, q, after), None)
         if new is None: return
         gain = new.elbo - state.elbo
         if gain > -near and local.sizes(new.s)[list(after)].min() >= _fewest and all(o[1] != name or abs(gain - o[0]) > 1 for o in out):
             out.append((gain, name, before, after, new))
-    for k in np.argsort(-N, kind="stable").tolist():
-        j = local.empty_unit(state)
-        if local.roles.fixed[k] or N[k] < 2*_fewest or j is None: continue
-        for how in ("axis", "second axis", "third axis", "scaled"):
+    for k in np.argsort(-N, kind="stable").tolist() if j is not None else ():
+        if local.roles.fixed[k] or N[k] < 2*_fewest: continue
+        for how in (*local.axes, "scaled"):
             R, q = next(((R, q) for scans in (20, 4) for _, R, q in [local.split(state, k, j, how, scans)] if R is not None), (None, None))
             if R is not None: add(f"split {k}", (k,), (k, j), R, q)
-    for i, j in local.pairs(state, 3):
-        if N[j] > N[i]: i, j = j, i
-        q = local.merge(state, i, j)[1] if N[j] >= 1 else None
-        if q is not None: add(f"merge {i} {j}", (i, j), (i,), local.joined(state.R, i, j), q)
+    for pair in local.pairs(state, 3):
+        large, small = sorted(pair, key=lambda u: -N[u])
+        q = local.merge(state, large, small)[1] if N[small] >= 1 else None
+        if q is not None: add(f"merge {large} {small}", (large, small), (large,), local.joined(state.R, large, small), q)
     return sorted(out, key=lambda o: -o[0])
 
 # %% ../nbs/05e_alternatives.ipynb #9eb37319
@@ -225,18 +206,18 @@ class _Neighbours:
 
     def of(self, state, progress):
         local, out = self.local, []
-        unused, named = len(_unused(local, state)), exchangeable(local, state)
-        density = _density(local, state)
+        unused, named = len(local.unused(state)), exchangeable(local, state)
         for _, name, before, after, new in _candidates(local, state, self.near)[:2*self.most]:
             new = unless_broken(lambda: local.passes(new, 60, 5e-3), None)
             if new is None: continue
             bound = new.elbo - state.elbo
-            same = [a for a in out if abs(a.state.elbo - new.elbo) < .5 and np.abs(a.density - _density(local, new)).mean() < .05]
-            if bound < -self.far or same or local.sizes(new.s)[list(after)].min() < _fewest: continue
+            if bound < -self.far or local.sizes(new.s)[list(after)].min() < _fewest: continue
+            density = _density(local, new)
+            if any(abs(a.bound - bound) < .5 and np.abs(a.density - density).mean() < .05 for a in out): continue
             namings = (np.log(unused) if len(after) > len(before) else -np.log(unused + 1)) if named else 0.
-            out.append(Answer(name, new, bound, self._missed(new, after) - self._missed(state, before), namings, _density(local, new)))
+            out.append(Answer(name, new, bound, self._missed(new, after) - self._missed(state, before), namings, density))
             progress("other answers", new.elbo)
-        return Answer("", state, 0., 0., 0., density), out
+        return Answer("", state, 0., 0., 0., _density(local, state)), out
 
 # %% ../nbs/05e_alternatives.ipynb #c2645ccd
 def weigh(

@@ -363,11 +363,12 @@ def _fit_vb(d, spikes, *, draws, seed, memory, moves, starts, subset, passes, to
         warnings.warn(f"variational Bayes stopped early ({stopped}): the factors reached so far are in the result", stacklevel=3)
     finally: bar.close()
     extra, R, factors = {}, None, [q, *others.factors]
+    soft = lambda q: spikes.soft(d.expected_quadratic(q), responsibilities=True, statistics=False).spikes
     if z:
         if d.lowered:
             n = spikes.n
             if 8*n*d.n_states <= memory:
-                R = spikes.soft(d.expected_quadratic(q), responsibilities=True, statistics=False).spikes
+                R = soft(q)
                 if 4*n*d.n_states > memory/4: R = R.astype(np.float32)
             else: warnings.warn(f"unit_probability of {n} spikes x {d.n_states} values would take {8e-9*n*d.n_states:.1f} GB and is not kept; use predict(fit, features)", stacklevel=3)
         else: R = softmax(q[z][0], axis=-1)
@@ -376,13 +377,14 @@ def _fit_vb(d, spikes, *, draws, seed, memory, moves, starts, subset, passes, to
     values = {k: _mixed(share, [_several(d.family[k], f[k], int((share == a).sum()), rng) for a, f in enumerate(factors)])[None] for k in names}
     values.update(_deterministics(d, values))
     if R is not None and R.ndim == 2:
-        labels, shown = [], draws*len(R) <= 4_000_000
+        labels, units, shown = [], [extra["unit_probability"].unit_probability.values], draws*len(R) <= 4_000_000
         for a, f in enumerate(factors):
-            if a: R = spikes.soft(d.expected_quadratic(f), responsibilities=True, statistics=False).spikes
-            if a: others.units.append(_fold(d, R).astype(np.float32))
+            if a:
+                R = soft(f)
+                units.append(_fold(d, R).astype(np.float32))
             if shown: labels.append(_labels(R, int((share == a).sum()), rng))
         if shown: values.update(d.each(_mixed(share, labels)[None]))
-    if len(factors) > 1: extra.update(others.groups(extra.pop("unit_probability", None)))
+        if len(factors) > 1: extra.update(others.groups(extra["unit_probability"], np.stack(units)))
     elbo = np.array(path.elbo)
     extra["optimisation"] = _dataset(d, {**{k: np.stack(v) for k, v in path.values.items()}}, ("iteration",)).assign(elbo=("iteration", elbo))
     extra["variational"] = xr.Dataset({f"{k}__{i}": ([f"{k}__{i}_dim_{j}" for j in range(np.ndim(v))], np.asarray(v))
@@ -416,7 +418,7 @@ def _labels(R, n, rng):
 class _Others:
     "The other answers of a variational fit: found on a subset, brought to all spikes, put into the result."
     judged = 4096                                                            # spikes on which answers are weighed, where there are so many
-    def __init__(self): self.answers, self.probability, self.factors, self.units = [], np.ones(1), [], []
+    def __init__(self): self.answers, self.probability, self.factors = [], np.ones(1), []
 
     def found(self, d, spikes, local, state, most, seed, progress):
         "Weigh the answers around a state; the first one's state on the subset."
@@ -429,10 +431,8 @@ class _Others:
 
     def on_all(self, ascend): self.factors = [ascend(a.state.q)[0] for a in self.answers[1:]]
 
-    def groups(self, first):
-        "The mean unit probability and what it is the mean of."
-        if first is None: return {}
-        each = np.stack([first.unit_probability.values, *self.units])
+    def groups(self, first, each):
+        "The mean unit probability and what it is the mean of: the first answer's group, the unit probabilities of all answers (answer, spike, unit)."
         dims, a = ("answer",), self.answers
         kept = xr.Dataset(dict(unit_probability=((*dims, *first.unit_probability.dims), each), probability=(dims, self.probability), move=(dims, ["", *(v.move for v in a[1:])]),
             **{k: (dims, [getattr(v, k) for v in a], dict(units="nats")) for k in ("bound", "missed", "namings", "evidence")}), coords=first.unit_probability.coords)

@@ -95,8 +95,9 @@ def _from_answers(alternatives, size, seed):
     rng = np.random.default_rng(seed)
     p = alternatives["unit_probability"].transpose("answer", "spike", ...).values
     answer = rng.choice(len(p), size, p=alternatives["probability"].values)
-    out = np.empty((size, p.shape[1]), np.int8 if p.shape[2] < 127 else np.int16)
-    for a in np.unique(answer): out[answer == a] = _sample(np.ascontiguousarray(p[a], float), int((answer == a).sum()), rng)
+    drawn = np.concatenate([_sample(np.ascontiguousarray(p[a], float), n, rng) for a, n in enumerate(np.bincount(answer, minlength=len(p)))])
+    out = np.empty_like(drawn)
+    out[np.argsort(answer, kind="stable")] = drawn
     return out
 
 # %% ../nbs/07_partition.ipynb #7a7413c9
@@ -175,11 +176,12 @@ def _draws(fit, max_draws=None, seed=0, model=None, cells=4e8):
     outlier, p = role["outlier_unit"], _soft(fit)
     if p is not None:
         p = p.transpose("spike", ...)
-        values, coords = np.ascontiguousarray(p.values, float), _spike_coords(p)
-        size = max_draws or int(np.clip(2e7 / len(values), 100, 1000))
+        coords = _spike_coords(p)
+        size = max_draws or int(np.clip(2e7 / len(p), 100, 1000))
         if "alternatives" in fit.children:                                                   # spikes depend on each other through the answer that a draw is from
             labels = _without(_from_answers(fit["alternatives"].to_dataset(), size, seed), outlier)
             return _Draws(labels, np.zeros(size, int), np.arange(size), None, None, coords)
+        values = np.ascontiguousarray(p.values, float)
         labels = _without(_sample(values, size, seed), outlier)
         soft = values if outlier is None else np.delete(values, outlier, axis=1)
         return _Draws(labels, np.zeros(size, int), np.arange(size), soft, None if outlier is None else values[:, outlier], coords)

@@ -89,14 +89,24 @@ class Subset:
         self.phi = lifted(x, self.full, self.centre)
         self.rng = np.random.default_rng(seed)
         self.failed, self.merges = {}, None
+        self.axes = ("axis", "second axis", "third axis")[:x.shape[1]]       # a unit may be split across the longest axes of its spikes
 
     def sizes(self, s): return s.count[self.states].sum(1)                   # spikes per unit
 
     def statistics(self, R): return unlifted(R.sum(0), R.T @ self.phi, self.full, self.centre)
 
-    def logits(self, q, rows=slice(None), units=slice(None)):
+    def replaced(self, s, states, count, total):
+        "Statistics in which some states have these counts and sums of products, all others what they had."
+        s = Statistics(*(np.array(v) for v in s))
+        for v, new in zip(s, unlifted(count, total, self.full, self.centre)): v[states] = new
+        return s
+
+    def logits(self, q, rows=slice(None), states=slice(None)): return self.logits_of(self.phi[rows], q, states)
+
+    def logits_of(self, phi, q, states=slice(None)):
+        "Of spikes whose features and products are at hand."
         c, W = lowered_weights(self.d.expected_quadratic(q), self.centre)
-        return c[units] + self.phi[rows] @ W[units].T
+        return c[states] + phi @ W[states].T
 
     @staticmethod
     def entropy(R): return -float(xlogy(R, R).sum())
@@ -202,38 +212,40 @@ class Subset:
         own, y = R[np.ix_(rows, a)], self.x[rows]
         w = own.sum(1)
         centred = y - (w @ y)/w.sum()
-        if how in ("axis", "second axis", "third axis"):
+        if how in self.axes:
             _, vectors = np.linalg.eigh((centred.T*w) @ centred)
-            left = centred @ vectors[:, -min(1 + ("axis", "second axis", "third axis").index(how), len(vectors))] > 0
+            left = centred @ vectors[:, -1 - self.axes.index(how)] > 0
         else:
             scaled = centred/np.sqrt(np.maximum(w @ centred**2/w.sum(), 1e-12)) if how == "scaled" else centred
             left = start_partition(scaled, 2, self.rng, 3) == 0
         rho = np.where(left, .95, .05)[:, None]
         both = np.concatenate([own*rho, own*(1 - rho)], 1)       # responsibilities of the states of k, then of j
-        q = dict(state.q)
-        q = self.transplant(q, k, j)
-        N, m, S = (np.array(v) for v in state.s)
+        q = self.rows_from(state.q, j, k)
         phi, ab = self.phi[rows], np.concatenate([a, b])
         for scan in range(scans):
-            t = unlifted(both.sum(0), both.T @ phi, self.full, self.centre)
-            for v, u in zip((N, m, S), t): v[ab] = u
-            s = Statistics(N.copy(), m.copy(), S.copy())
+            s = self.replaced(state.s, ab, both.sum(0), both.T @ phi)
             if scan == 1: q = _stirred(self.d, q, s, [k, j])
             q = _settle(self.d, q, s, 2 if scan == 0 else 1)
             if min(s.count[a].sum(), s.count[b].sum()) < 1.5: return -np.inf, None, None
             if scan == scans - 1: break
-            both = w[:, None]*softmax(self.logits(q, rows, ab), axis=1)
+            both = w[:, None]*softmax(self.logits_of(phi, q, ab), axis=1)
         gain = _elbo(self.d, q, s, state.entropy + self.entropy(both) - self.entropy(own)) - state.elbo
         new = R.copy(); new[np.ix_(rows, a)] = both[:, :len(a)]; new[np.ix_(rows, b)] += both[:, len(a):]
         return gain, new, q
 
-    def transplant(self, q, k, j):
-        "Give unit j the factors of unit k."
+    def rows_from(self, q, to, source):
+        "Factors in which units `to` have what units `source` had."
+        q = dict(q)
         for name in self.roles.unit:
             q[name] = tuple(np.array(v) for v in q[name])
             for v in q[name]:
-                if v.ndim and len(v) == self.d.family[name].shape[0]: v[j] = v[k]
+                if v.ndim and len(v) == self.d.family[name].shape[0]: v[to] = v[source]
         return q
+
+    def renamed(self, state, to, source, entropy=None):
+        "The state in which units `source` are called `to`."
+        R = state.R.copy(); R[:, self.states[to]] = state.R[:, self.states[source]]
+        return self.at(R, self.rows_from(state.q, to, source), 3, entropy)
 
     def death(self, state, k):
         own = self.states[k]
@@ -255,13 +267,7 @@ class Subset:
         free = np.flatnonzero(~self.roles.fixed)
         order = free[np.argsort(-self.sizes(state.s)[free], kind="stable")]
         if np.array_equal(order, free): return None
-        R = state.R.copy(); R[:, self.states[free]] = state.R[:, self.states[order]]
-        q = dict(state.q)
-        for name in self.roles.unit:
-            q[name] = tuple(np.array(v) for v in q[name])
-            for v, old in zip(q[name], state.q[name]):
-                if v.ndim and len(v) == self.d.family[name].shape[0]: v[free] = old[order]
-        new = unless_broken(lambda: self.at(R, q, 3), None)
+        new = unless_broken(lambda: self.renamed(state, free, order), None)
         return new if new is not None and new.elbo > state.elbo + 1e-9*abs(state.elbo) else None
 
     def pairs(self, state, most):
@@ -365,10 +371,13 @@ class Subset:
             else: state = new
         return state
 
+    def unused(self, state):
+        "Units that may be, and are not, in use."
+        return np.flatnonzero(~self.roles.fixed & (self.sizes(state.s) < .5))
+
     def empty_unit(self, state):
-        for k in np.flatnonzero(~self.roles.fixed):
-            if self.sizes(state.s)[k] < .5: return int(k)
-        return None
+        unused = self.unused(state)
+        return int(unused[0]) if len(unused) else None
 
     def _spare(self, state, keep):
         if self.merges is None or self.merges[0] is not state: self.merges = state, [(*self.merge(state, i, j), i, j) for i, j in self.pairs(state, 3)]

@@ -324,11 +324,10 @@ def coclustering(
     return xr.DataArray(pi, dims=("spike", "spike_bis"), name="coclustering", coords=dict(spike=index, spike_bis=index))
 
 # %% ../nbs/07_partition.ipynb #727b24a4
-_losses = ("vi", "binder")
+_losses = ("misassigned", "vi", "binder")
 
 def _f(loss, n):
-    "Table of f(0..n) divided by the loss's scale."
-    if loss not in _losses: raise ValueError(f"loss={loss!r} is unknown; choose 'vi' (variation of information) or 'binder'.")
+    "Table of f(0..n) divided by the scale of the loss 'vi' or 'binder'."
     k = np.arange(n + 1, dtype=float)
     return k * np.log2(np.maximum(k, 1)) / n if loss == "vi" else k**2 / n**2
 
@@ -362,6 +361,38 @@ def _distances(labels, partition, n_names, n_blocks, weight, f):
         out[s] = max(total, 0.)
     return out
 
+def _parts(labels, names, blocks, cells=5_000_000):
+    "Draws in groups whose contingency tables fit in memory."
+    return np.array_split(np.arange(len(labels)), max(1, len(labels) * names * blocks // cells))
+
+def _match(overlap):
+    "Unit of each name by greatest total overlap (names, units), -2 for none."
+    out = np.full(len(overlap), -2)
+    u, b = linear_sum_assignment(overlap, maximize=True)
+    hit = overlap[u, b] > 0
+    out[u[hit]] = b[hit]
+    return out
+
+def _matched(labels, names, unit, weight):
+    "Unit of the partition that each name of each draw is matched to, (S, names), -2 for none; weight of the spikes on which draw and partition then agree, (S,)."
+    m = unit.max(initial=-1) + 1
+    match, agree = np.full((len(labels), names), -2), np.zeros(len(labels))
+    for part in _parts(labels, names, m + 1):
+        table = _contingency(labels[part], np.where(unit < 0, m, unit), names, m + 1, weight)
+        if m: match[part, 1:] = [_match(t) for t in table[:, 1:, :m]]
+        s, u = np.nonzero(match[part] >= 0)
+        agree[part] = table[:, 0, m]
+        np.add.at(agree, part[s], table[s, u, match[part][s, u]])
+    return match, agree
+
+def _loss_of_draws(labels, names, partition, loss):
+    "Loss between one partition (spike), -1 for no unit, and each draw of canonical labels (S, spike)."
+    if loss not in _losses: raise ValueError(f"loss={loss!r} is unknown; choose 'misassigned' (share of spikes in the wrong unit), 'vi' (variation of information) or 'binder'.")
+    (p, blocks), n = _one(partition, labels.shape[1]), labels.shape[1]
+    one = np.ones(n, np.int64)
+    if loss == "misassigned": return 1 - _matched(labels, names, p[0].astype(np.int64) - 1, one)[1] / n
+    return _distances(labels, p[0], names, blocks, one, _f(loss, n))
+
 def _one(partition, n=None):
     "A partition as a canonical row (1, N)."
     p = np.asarray(partition)
@@ -370,28 +401,30 @@ def _one(partition, n=None):
     if not np.issubdtype(p.dtype, np.integer): raise TypeError(f"partition has dtype {p.dtype}, expected integers.")
     return _canonical(np.where(p < 0, -1, np.unique(p, return_inverse=True)[1])[None])
 
+
 # %% ../nbs/07_partition.ipynb #e5aa59c5
 def partition_distance(
     a, # labels (spike)
     b, # labels (spike)
-    loss:str="vi", # "vi" (bits) or "binder" (fraction of pairs)
+    loss:str="misassigned", # "misassigned" (share of spikes), "vi" (bits) or "binder" (fraction of pairs)
 ) -> float:
-    "Distance between two partitions; spikes labelled -1 form a group of their own."
-    (a, ka), (b, kb) = _one(a), _one(b, len(np.asarray(a)))
-    return float(_distances(a, b[0], ka, kb, np.ones(a.shape[1], np.int64), _f(loss, a.shape[1]))[0])
+    "Distance between two partitions, see above. Spikes labelled -1 are in no unit."
+    row, names = _one(a)
+    return float(_loss_of_draws(row, names, b, loss)[0])
+
 
 # %% ../nbs/07_partition.ipynb #259cb8ba
 def expected_loss(
     fit, # fit, or labels (draw, spike)
     partition, # labels (spike)
-    loss:str="vi", # "vi" or "binder"
+    loss:str="misassigned", # "misassigned", "vi" or "binder"
     max_draws:int|None=None, # use at most so many draws
     model=None, # the model, see `assignment_draws`
-) -> float: # bits, or fraction of pairs
+) -> float: # share of spikes, bits, or fraction of pairs
     "Posterior expectation of the distance between the partition and the true one."
     labels, names = _canonical(_draws(fit, max_draws, model=model).labels)
-    p, blocks = _one(partition, labels.shape[1])
-    return float(_distances(labels, p[0], names, blocks, np.ones(labels.shape[1], np.int64), _f(loss, labels.shape[1])).mean())
+    return float(_loss_of_draws(labels, names, partition, loss).mean())
+
 
 # %% ../nbs/07_partition.ipynb #176ed6bc
 def _items(labels):
@@ -407,6 +440,65 @@ def _items(labels):
     order = np.argsort(first)
     rank = np.empty(len(order), int); rank[order] = np.arange(len(order))
     return np.ascontiguousarray(columns[first[order]].T), weight[order].astype(np.int64), rank[inverse.ravel()]
+
+# %% ../nbs/07_partition.ipynb #3c1fa9d2
+@numba.njit(cache=True)
+def _tally_blocks(labels, match, counts):
+    "Counts (N, m + 2): matched unit, no unit, elsewhere; match is (S, names) with -2 for elsewhere, and name 0 is no unit."
+    m = counts.shape[1] - 2
+    for s in range(labels.shape[0]):
+        for i in range(labels.shape[1]):
+            z = labels[s, i]
+            if z == 0: counts[i, m] += 1
+            elif match[s, z] >= 0: counts[i, match[s, z]] += 1
+            else: counts[i, m + 1] += 1
+
+def _close_up(unit):
+    "Units named 0, 1, ... without gaps; -1 stays."
+    out = np.full(len(unit), -1)
+    out[unit >= 0] = np.unique(unit[unit >= 0], return_inverse=True)[1]
+    return out
+
+class _Matching:
+    "Share of misassigned spikes over a set of items, and moves that lower it."
+    def __init__(self, rows, w, names): self.rows, self.w, self.names = rows, w, names
+    def counts(self, unit):
+        "How often each item is in each unit, in none, elsewhere; spikes on which draws and partition agree, mean over draws."
+        match, agree = _matched(self.rows, self.names, unit, self.w)
+        counts = np.zeros((len(unit), unit.max(initial=-1) + 3))
+        _tally_blocks(self.rows, match, counts)
+        return counts, agree.mean()
+    def descend(self, unit):
+        "Matches and moves in turn until no more spikes agree."
+        counts, agree = self.counts(unit)
+        while True:
+            new = counts[:, :-1].argmax(1)
+            new = _close_up(np.where(new == counts.shape[1] - 2, -1, new))
+            more, value = self.counts(new)
+            if value <= agree + 1e-9: return unit, counts, agree
+            unit, counts, agree = new, more, value
+    def improve(self, unit):
+        "Descends; units that the partition lacks are added as long as this helps."
+        unit, counts, agree = self.descend(_close_up(unit))
+        while True:
+            lacks = counts[:, -1] > counts[np.arange(len(unit)), np.where(unit < 0, counts.shape[1] - 2, unit)]
+            if not lacks.any(): return unit, agree
+            found = self.descend(_close_up(np.where(lacks, unit.max() + 1, unit)))
+            if found[2] <= agree + 1e-9: return unit, agree
+            unit, counts, agree = found
+
+def _least_misassigned(rows, w, names, likeliest):
+    "Items' units with the smallest expected share of misassigned spikes that is found, and what was tried."
+    starts = {f"draw {s}": rows[s].astype(np.int64) - 1 for s in _even(len(rows), int(np.clip(20_000 / len(w), 12, 60)))} | {"one unit": np.zeros(len(w), np.int64)}
+    if likeliest is not None: starts["most probable unit"] = likeliest
+    some = _Matching(rows[_even(len(rows), 300)], w, names)                                     # enough to tell which starts lead far
+    tried = {k: some.improve(u) for k, u in starts.items()}
+    units = {tried[k][0].tobytes(): k for k in sorted(tried, key=lambda k: tried[k][1])}       # each end once
+    search = _Matching(rows, w, names)
+    ends = {k: search.improve(tried[k][0]) for k in list(units.values())[-3:]}
+    name = max(ends, key=lambda k: ends[k][1])
+    return ends[name][0], name, {k: float(1 - v[1] / w.sum()) for k, v in ends.items()}
+
 
 # %% ../nbs/07_partition.ipynb #229857f7
 @numba.njit(cache=True)
@@ -533,6 +625,7 @@ def _by_size(partition):
 
 def _point(d, loss, seed, starts, max_sweeps=50):
     "Partition (N,) with -1 for no unit, its expected loss, what was tried."
+    if loss not in _losses: raise ValueError(f"loss={loss!r} is unknown; choose one of {', '.join(_losses)}.")
     rng = np.random.default_rng(seed)
     n = d.labels.shape[1]
     labels, _ = _canonical(d.labels)
@@ -540,6 +633,17 @@ def _point(d, loss, seed, starts, max_sweeps=50):
     labels = labels[keep]
     rows, w, item = _items(labels)
     names, m = int(rows.max()) + 1, len(w)
+    likeliest = None
+    if d.soft is not None:
+        p = d.soft if d.outlier is None else np.c_[d.soft, d.outlier]
+        likeliest = p.argmax(1)[np.unique(item, return_index=True)[1]]
+    info = dict(draws=len(labels), items=m)
+    if loss == "misassigned":
+        if likeliest is not None: likeliest = np.where(likeliest == d.soft.shape[1], -1, likeliest)
+        best, name, tried = _least_misassigned(rows, w, names, likeliest)
+        out = best[item]
+        if (out >= 0).any(): out[out >= 0] = _by_size(out[out >= 0])
+        return out.astype(np.int64), tried[name], name, info | dict(starts=tried)
     most = min(2 * names + 3, m)
     n_blocks = min(most + 1, m + 1)
     search = _Search(rows, w, names, n_blocks, _f(loss, n), rng)
@@ -555,10 +659,7 @@ def _point(d, loss, seed, starts, max_sweeps=50):
     for j, s in enumerate(good): start(f"draw {j}", rows[s].astype(np.int64))
     start("agglomerative", _agglomerative(search, most))
     start("one block", np.zeros(m, np.int64))
-    if d.soft is not None:
-        p = d.soft if d.outlier is None else np.c_[d.soft, d.outlier]
-        first = np.unique(item, return_index=True)[1]
-        start("most probable unit", np.minimum(np.unique(p.argmax(1)[first], return_inverse=True)[1], n_blocks - 1).astype(np.int64))
+    if likeliest is not None: start("most probable unit", np.minimum(np.unique(likeliest, return_inverse=True)[1], n_blocks - 1).astype(np.int64))
     for j in range(starts): start(f"sequential {j}", np.full(m, -1, np.int64))
     name = min(tried, key=lambda k: tried[k][0])
     best, value = search.dissolve(tried[name][1], 20, max_sweeps)
@@ -567,19 +668,21 @@ def _point(d, loss, seed, starts, max_sweeps=50):
     none /= np.maximum(np.bincount(best, w, minlength=n_blocks), 1)
     out = np.where(none[best] > .5, -1, best)[item]
     if (out >= 0).any(): out[out >= 0] = _by_size(out[out >= 0])
-    return out.astype(np.int64), float(value), name, dict(starts={k: v[0] for k, v in tried.items()}, draws=len(labels), items=m)
+    return out.astype(np.int64), float(value), name, info | dict(starts={k: v[0] for k, v in tried.items()})
 
 # %% ../nbs/07_partition.ipynb #366903c3
 def point_partition(
     fit, # fit, or labels (draw, spike)
-    loss:str="vi", # "vi" (variation of information) or "binder"
-    seed:int=0, # of the search
-    starts:int=4, # random sequential allocations, beside the other starts
+    loss:str="misassigned", # "misassigned" (share of spikes in the wrong unit), "vi" (variation of information, bits) or "binder" (fraction of pairs)
+    seed:int=0, # of the search and, for `vb`, of the draws
+    starts:int=4, # random sequential allocations, beside the other starts; for "vi" and "binder"
     model=None, # the model, see `assignment_draws`
 ) -> xr.DataArray: # int64 (spike): units 0, 1, ... by size, -1 for no unit; attrs: loss, expected_loss, start, draws, items
     """The partition with the least posterior expected loss that the search finds.
 
-    Wade and Ghahramani, Bayesian Analysis 13 (2018); search after Dahl, Johnson and Müller, J. Comput. Graph. Stat. 31 (2022)."""
+    Wade and Ghahramani, Bayesian Analysis 13 (2018); search for "vi" and "binder" after Dahl, Johnson and Müller, J. Comput. Graph. Stat. 31 (2022).
+
+    Raises `ValueError` for an unknown loss."""
     d = _draws(fit, seed=seed, model=model)
     p, value, name, info = _point(d, loss, seed, starts)
     return xr.DataArray(p, dims="spike", coords=d.coords, name="unit",
@@ -589,7 +692,7 @@ def point_partition(
 def credible_partitions(
     fit, # fit, or labels (draw, spike)
     partition=None, # labels (spike) at the centre; None: `point_partition(fit, loss)`
-    loss:str="vi", # "vi" or "binder"
+    loss:str="misassigned", # "misassigned", "vi" or "binder"
     level:float=.95, # posterior probability in the ball
     seed:int=0, # of the search and, for `vb`, of the draws
     model=None, # the model, see `assignment_draws`
@@ -599,11 +702,9 @@ def credible_partitions(
     Raises `ValueError` for a `level` outside (0, 1]."""
     if not 0 < level <= 1: raise ValueError(f"level={level}, expected a probability in (0, 1].")
     d = _draws(fit, seed=seed, model=model)
-    n = d.labels.shape[1]
     centre = _point(d, loss, seed, 4)[0] if partition is None else np.asarray(partition)
     labels, names = _canonical(d.labels)
-    p, blocks = _one(centre, n)
-    distance = _distances(labels, p[0], names, blocks, np.ones(n, np.int64), _f(loss, n))
+    distance = _loss_of_draws(labels, names, centre, loss)
     radius = float(np.quantile(distance, level, method="inverted_cdf"))
     ball = np.flatnonzero(distance <= radius)
     units = (_sizes(labels, names)[:, 1:] > 0).sum(1)
@@ -743,7 +844,7 @@ def relabel(
         step = max(int(cells / z.shape[2]), 1)
         blocks = lambda: (lookup[z[i, j:j + step].values] for i in range(c) for j in range(0, d, step))
         whole = _draws(fit, 300, seed)
-        pivot = _point(whole, "vi", seed, 2)[0]
+        pivot = _point(whole, "misassigned", seed, 2)[0]
         match, counts = _match_draws(blocks, pivot, len(inliers))
         column = np.argsort(-counts.sum(0), kind="stable")
         rank = np.empty_like(column); rank[column] = np.arange(len(column))
@@ -811,26 +912,6 @@ def _apply(fit, orders, sizes, role, unit_dim, k, fixed):
     out.attrs["roles"], out.attrs["relabelled"] = json.dumps(role), 1
     return out
 
-# %% ../nbs/07_partition.ipynb #87824945
-@numba.njit(cache=True)
-def _tally_blocks(labels, match, counts):
-    "Counts (N, m + 2): matched block, no unit, elsewhere; match is (S, names) with -2 for elsewhere, and name 0 is no unit."
-    m = counts.shape[1] - 2
-    for s in range(labels.shape[0]):
-        for i in range(labels.shape[1]):
-            z = labels[s, i]
-            if z == 0: counts[i, m] += 1
-            elif match[s, z] >= 0: counts[i, match[s, z]] += 1
-            else: counts[i, m + 1] += 1
-
-def _match(overlap):
-    "Block of each row by greatest total overlap, -2 for none; overlap (names, m)."
-    out = np.full(len(overlap), -2)
-    u, b = linear_sum_assignment(overlap, maximize=True)
-    hit = overlap[u, b] > 0
-    out[u[hit]] = b[hit]
-    return out
-
 # %% ../nbs/07_partition.ipynb #bcd6372d
 def certainty(
     fit, # fit, or labels (draw, spike)
@@ -847,7 +928,7 @@ def certainty(
     Raises `ValueError` if the units of `partition` are not named 0, 1, ... without gaps."""
     d = _draws(fit, seed=seed, model=model)
     n = d.labels.shape[1]
-    unit = _point(d, "vi", seed, 4)[0] if partition is None else np.asarray(partition)
+    unit = _point(d, "misassigned", seed, 4)[0] if partition is None else np.asarray(partition)
     _one(unit, n)
     held = np.unique(unit[unit >= 0])
     m = len(held)
@@ -857,7 +938,7 @@ def certainty(
     block = np.where(unit < 0, m, unit)
     counts = np.zeros((n, m + 2))
     exists, split, merged, shared = np.zeros(m), np.zeros(m), np.zeros((m, m)), np.zeros((m, m))
-    for part in np.array_split(np.arange(len(labels)), max(1, len(labels) * names * (m + 1) // 5_000_000)):
+    for part in _parts(labels, names, m + 1):
         table = _contingency(labels[part], block, names, m + 1, np.ones(n, np.int64))
         total, table = table.sum(2)[:, 1:], table[:, 1:, :m]
         exists += (2 * table > total[:, :, None] + size - table).any(1).sum(0)

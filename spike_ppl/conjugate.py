@@ -43,7 +43,7 @@ import pytensor
 import pytensor.tensor as pt
 from pymc.logprob.utils import local_remove_check_parameter
 from pymc.model.transform.conditioning import remove_value_transforms
-from pytensor.compile.mode import Mode
+from pytensor.compile.mode import Mode, get_mode
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, equal_computations
 from pytensor.graph.fg import FunctionGraph
@@ -1077,7 +1077,7 @@ class _Plan:
             inputs = [named[k] for k in labels]
             fn = pytensor.function(inputs, outputs, trust_input=True, mode=mode)
             if mode == "FAST_COMPILE" and any(len(n.inputs) > 31 for n in fn.maker.fgraph.apply_nodes):     # NumPy takes 32 operands at most
-                fn = pytensor.function(inputs, outputs, trust_input=True, mode=Mode(VMLinker(use_cloop=False, c_thunks=False), optimizer="merge"))
+                fn = pytensor.function(inputs, outputs, trust_input=True, mode=get_mode(mode).excluding("local_add_canonizer"))
             self.compiled[key] = (fn, labels, [named[k].dtype for k in labels])
         return self.compiled[key]
 

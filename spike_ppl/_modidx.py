@@ -425,6 +425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.conjugate._TwoPoint.expect': ('conjugate.html#_twopoint.expect', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._TwoPoint.moment_inputs': ( 'conjugate.html#_twopoint.moment_inputs',
                                                                                       'spike_ppl/conjugate.py'),
+                                     'spike_ppl.conjugate._added': ('conjugate.html#_added', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._broadcast': ('conjugate.html#_broadcast', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._candidates': ('conjugate.html#_candidates', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._check': ('conjugate.html#_check', 'spike_ppl/conjugate.py'),

@@ -113,7 +113,8 @@ class _Gaussian:
         mode, d.mode = d.mode, _AS_WRITTEN            # to recognise and to compare are a few calls: rewriting the graphs would cost more
         try:
             self._find()
-            if self._checked is None:
+            if not self._ok: self._checked = frozenset()         # what other data of this structure showed may not hold for these
+            elif self._checked is None:
                 with np.errstate(all="ignore"):
                     try: self._checked = self._compare()
                     except (KeyError, ValueError, FloatingPointError, np.linalg.LinAlgError): self._checked = frozenset()

@@ -264,7 +264,13 @@ def _filled(fgraph, node):
 
 _AS_WRITTEN = Mode(VMLinker(use_cloop=False, c_thunks=False), optimizer=in2out(_filled))      # hardly any rewriting: graphs that run a handful of times
 
-def _total(terms): return pt.add(*[t.sum() for t in terms]) if len(terms) > 1 else terms[0].sum()
+def _added(parts):
+    "Sum of several, of at most 16 at a time: NumPy's functions take 32 operands."
+    parts = list(parts)
+    while len(parts) > 1: parts = [pt.add(*p) if len(p) > 1 else p[0] for p in (parts[i:i + 16] for i in range(0, len(parts), 16))]
+    return parts[0]
+
+def _total(terms): return _added(t.sum() for t in terms)
 
 def _grad(f, v): return pt.grad(f, v, disconnected_inputs="ignore")
 
@@ -703,7 +709,7 @@ def _read(joint, name, family):
         short = [k for k in joint.depends(name) if joint.terms[k].ndim < v.ndim]
         if short: raise NotConjugate(name, "finite discrete", f"the terms {short} do not keep its elements apart")
         parts = [_enumerated(joint.terms[k], v, family, _owner(joint, name, family, k)) for k in joint.depends(name)]
-        logits = pt.add(*parts) if len(parts) > 1 else parts[0]
+        logits = _added(parts)
         return [pt.moveaxis(logits, 0, -1)]
     base, rng = _generic_base(joint, name)
     return family.read(_total(terms), v, pt.constant(family.generic(base, rng), dtype=v.dtype) if not isinstance(family, Wishart) else pt.constant(base))
@@ -940,7 +946,7 @@ class _Plan:
             for k in self.touched:
                 t = clone_replace(self.terms[k], {z: pt.cast(self.unit_rows, z.dtype), x: pt.cast(self.rows, x.dtype)}, rebuild_strict=False)
                 row_terms[k] = t.sum(tuple(range(1, t.ndim))) if t.ndim > 1 else t
-            total = pt.add(*row_terms.values()) if len(row_terms) > 1 else row_terms[self.data_name]
+            total = _added(row_terms.values())
             u = pt.matrix("u")
             g = _grad(total.sum(), self.rows)
             h1, hu = _grad(g.sum(), self.rows), _grad((g * u).sum(), self.rows)
@@ -1075,9 +1081,9 @@ class _Plan:
             used = set(ancestors(outputs))
             labels = [k for k, v in named.items() if v in used]
             inputs = [named[k] for k in labels]
-            fn = pytensor.function(inputs, outputs, trust_input=True, mode=mode)
-            if mode == "FAST_COMPILE" and any(len(n.inputs) > 31 for n in fn.maker.fgraph.apply_nodes):     # NumPy takes 32 operands at most
-                fn = pytensor.function(inputs, outputs, trust_input=True, mode=get_mode(mode).excluding("local_add_canonizer"))
+            for m in (mode, get_mode(mode).excluding("local_add_canonizer"), _AS_WRITTEN) if mode == "FAST_COMPILE" else (mode,):
+                fn = pytensor.function(inputs, outputs, trust_input=True, mode=m)
+                if all(len(n.inputs) < 32 for n in fn.maker.fgraph.apply_nodes): break        # else the rewriting made one long sum of many, and NumPy takes 32 operands
             self.compiled[key] = (fn, labels, [named[k].dtype for k in labels])
         return self.compiled[key]
 
@@ -1098,7 +1104,7 @@ class _Plan:
     def build_logits(self, name):
         v, family = self.free[name], self.family[name]
         parts = [_enumerated(self.terms[k], v, family, _owner(self.joint, name, family, k)) for k in self.terms if name in self.depends[k]]
-        return [pt.moveaxis(pt.add(*parts) if len(parts) > 1 else parts[0], 0, -1)]
+        return [pt.moveaxis(_added(parts), 0, -1)]
 
     def build_expected_natural(self, name):
         "Natural parameters of the optimal q(name) given the moments of the others."

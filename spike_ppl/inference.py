@@ -502,7 +502,7 @@ def fit(
     alternatives:int=0,      # vb: other answers, a split or a merge away, that share the draws by their probability; at most so many
     moves:bool=True,         # try to split, merge and empty units; attrs["moves"] says when they are off (vb: likelihoods not quadratic in the features)
     starts:int=4,            # restarts of vb on a subset
-    subset:int=4096,         # spikes used to find a start and, in vb, to judge moves: more of them support more units
+    subset:int|None=4096,    # spikes used to find a start and, in vb, to judge moves: more of them support more units; None: all
     passes:int=200,          # most full passes of vb, or thousands of steps of advi
     tolerance:float=1e-5,    # vb stops when a pass gains less than this, nats per spike
     batches:int|None=None,   # memoised batches per pass of vb; by default about 32,768 spikes each

@@ -115,13 +115,14 @@ def _round(x, digits=2):
     scale = 10. ** (digits - 1 - np.floor(np.log10(np.abs(np.where(x == 0, 1, x)))))
     return np.round(x * scale) / scale
 
-def _round_covariance(C, what):
-    "A covariance rounded to three significant digits, or as many as leave the variance in every direction; an error for one that has none in some direction."
+def _round_covariance(C, what, least=1e-12):
+    "A covariance rounded to three significant digits, or as many as leave the variance in every direction; an error for one that has `least` of the features' variances or less in some direction."
     C = np.asarray(C, float)
     sd = np.sqrt(np.diag(C))
     values, vectors = np.linalg.eigh(C / sd / sd[:, None])
-    if values[0] < 1e-12 * len(C):
-        raise ValueError(f"{what} is singular: a weighted sum of the features is the same in every spike, or there are fewer spikes than features. "
+    if values[0] < least * len(C):
+        how = "is" if values[0] < 1e-12 * len(C) else "is nearly"
+        raise ValueError(f"{what} {how} singular: a weighted sum of the features {how} the same in every spike (it has {max(values[0], 0):.0e} of a feature's variance), or there are fewer spikes than features. "
                          "Leave features out, or project the spikes on fewer.")
     root = vectors / np.sqrt(values)
     for digits in range(3, 16):
@@ -427,7 +428,7 @@ def collisions(
         precisions = pm.Wishart("precisions", nu=dof, V=pt.linalg.inv(common) / (dof - d - 1), shape=(n_units, d, d), dims=("unit", *square))
         noise = pt.linalg.inv(precisions)
         dof = priors["collision_dof"]
-        broad = _round_covariance(np.cov(x.T).reshape(d, d) * priors["collision_scale"], "the covariance of all spikes") * (dof - d - 1)
+        broad = _round_covariance(np.cov(x.T).reshape(d, d) * priors["collision_scale"], "the covariance of all spikes", 3e-6) * (dof - d - 1)
         collision_precision = pm.Wishart("collision_precision", nu=dof, V=np.linalg.inv(broad), dims=square)
         spread, where = [noise, pt.linalg.inv(collision_precision)[None]], pt.zeros((2, d))
         fraction = pm.Beta("collided_fraction", 1., priors["collision_odds"])

@@ -227,12 +227,12 @@ class Spikes:
         return np.ascontiguousarray(np.asarray(self.x[start:stop]), dtype=self.real)
 
     def sample(self,
-        n:int,     # rows wanted
+        n:int|None, # rows wanted; None: all
         seed=0,    # generator or seed
     ) -> np.ndarray: # sorted row numbers, without repetition
         "A random subset of rows."
         rng = np.random.default_rng(seed)
-        return np.arange(self.n) if n >= self.n else np.sort(rng.choice(self.n, n, replace=False))
+        return np.arange(self.n) if n is None or n >= self.n else np.sort(rng.choice(self.n, n, replace=False))
 
     def take(self, rows):
         "Chosen rows as a float64 array."

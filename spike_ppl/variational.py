@@ -513,7 +513,7 @@ def variational_bayes(
     seed=0,             # generator or seed
     *,
     starts:int=4,       # restarts, on a subset when d is lowered
-    subset:int=4096,    # spikes of the subset, on which moves are judged too
+    subset:int|None=4096, # spikes of the subset, on which moves are judged too; None: all
     moves:bool=True,    # try to split, merge and empty units (lowered only)
     passes:int=200,     # most full passes
     tolerance:float=1e-5, # stops when a pass gains less than this, nats per spike (not lowered: as a share of the ELBO)

@@ -4,7 +4,8 @@ from sklearn.metrics import adjusted_rand_score
 from spike_ppl import criticism, models, partition
 from spike_ppl.conjugate import derive
 from spike_ppl.passes import Spikes, hard_statistics
-from spike_ppl.closed_forms import closed_form, parts
+from spike_ppl import closed_forms
+from spike_ppl.closed_forms import closed_form, parts, recognised
 from spike_ppl.gibbs import Sweep, gibbs_step
 from spike_ppl.inference import fit, log_density, predict
 from spike_ppl.models import collisions, gmm, toy
@@ -197,10 +198,21 @@ def test_three_digits_where_they_are_enough():
     assert np.array_equal(models._round_covariance(wide, "it"), [[1.23, .5], [.5, 3.]])
 
 def test_features_that_say_the_same_are_refused_by_collisions():
-    x = toy(100, 3, 3, seed=1)[0].values
+    x, rng = toy(100, 3, 3, seed=1)[0].values, np.random.default_rng(0)
     for same in (np.c_[x, x[:, 0] - 2*x[:, 1]], x[:3]):
         with pytest.raises(ValueError, match="covariance of all spikes is singular"): collisions(same, 3)
+    with pytest.raises(ValueError, match="is nearly singular: a weighted sum of the features is nearly the same"): collisions(np.c_[x, x[:, 0] + x.std() * rng.normal(size=100) / 1000], 3)
     gmm(np.c_[x, x[:, 0]], 3, covariance="full", outliers=True)                    # whose outliers are made a little wider
+
+def test_closed_forms_that_other_data_had_are_not_taken_for_granted(monkeypatch, data):
+    "A structure is compared once and remembered; where the numbers of these data do not show it, the derived functions are used."
+    assert recognised(closed_form(derive(own_covariances(data[0], 4, kinds=0))))
+    monkeypatch.setattr(closed_forms._Factors, "_find", lambda self: setattr(self, "_ok", False))
+    monkeypatch.setattr(closed_forms._Gaussian, "_find", lambda self: setattr(self, "_ok", False))
+    d = closed_form(derive(own_covariances(data[0], 4, kinds=0)))
+    assert not recognised(d)
+    p = d.initial(0)
+    for k in d.parameters: d.natural(k, p, d.complete(p, hard_statistics(np.asarray(data[0]), np.zeros(len(data[0]), int), d.n_states, True), np.random.default_rng(0)))
 
 def test_collisions_of_nearly_collinear_features_are_fitted():
     x, _ = collinear(1e4)

@@ -108,6 +108,11 @@ def test_closed_forms_equal_the_derived_functions(build, data):
     np.testing.assert_allclose(fast.energy(q, s), d.energy(q, s), rtol=1e-10)
 
 
+def test_a_subset_of_none_is_all_spikes(data):
+    a, b = (fit(gmm(data[0], 3), "vb", draws=2, seed=1, subset=n, **quiet)["unit_probability"].to_dataset() for n in (None, len(data[0])))
+    xr.testing.assert_identical(a, b)
+
+
 def test_parts_finds_the_roles(data):
     p = parts(derive(dpmm(data[0], 5, covariance="full", outliers=True)))
     assert set(p.unit) == {"means", "precisions"} and set(p.weights) == {"sticks", "outlier_fraction"} and p.hyper == ("concentration",)

@@ -769,15 +769,34 @@ def _residual_power(w, template):
     g = np.einsum("ntc,tc->n", w, template) / max(float((template**2).sum()), 1e-12)
     return g, ((w - g[:, None, None] * template)**2).mean((1, 2))
 
+def _shrunk(mean, n):
+    "The mean (time, channel) of `n` windows, its singular values shrunk to what white noise of variance 1 / n leaves of them."
+    u, s, v = np.linalg.svd(mean.astype(float), full_matrices=False)
+    large, small = max(mean.shape), min(mean.shape)
+    y, part = s * np.sqrt(n / large), small / large
+    kept = y > 1 + np.sqrt(part)
+    s[~kept] = 0
+    s[kept] *= np.sqrt((y[kept]**2 - part - 1)**2 - 4 * part) / y[kept]**2
+    return ((u * s) @ v).astype(mean.dtype)
+
 def _template(w, most=1.4):
-    "Mean of the windows that are not outlying, or None if what they share is not all there is in them."
+    "Mean of the windows that are not outlying, freed of noise, or None if what they share is not all there is in them."
     m = np.median(w[::max(1, len(w) // 100)], 0)   # of so many, the median is sure enough to tell who is outlying
     _, left = _residual_power(w, m)
     middle = np.median(left)
     if middle > most: return None
-    return w[left <= max(middle, 1.15)].mean(0)
+    like = left <= max(middle, 1.15)
+    return _shrunk(w[like].mean(0), like.sum())
 
 # %% ../nbs/13_sort.ipynb #0d9ccd59
+def _noise_left(templates, counts):
+    "Expected squared length of the noise in means of `counts` windows (template, time, channel): its degrees of freedom, which low rank leaves few of, over the count."
+    T, C = templates.shape[1:]
+    gram = np.einsum("ktc,ktd->kcd", templates, templates, optimize=True) if C <= T else np.einsum("ktc,ksc->kts", templates, templates, optimize=True)
+    values = np.linalg.eigvalsh(gram.astype(float))
+    rank = (values > 1e-6 * values.max(1, keepdims=True, initial=1e-12)).sum(1)
+    return rank * (T + C - rank) / np.maximum(counts, 1)
+
 def _distances(templates, counts, largest=.5):
     "Distance of templates after the best shift and gain, in noise sd, less what the noise of the means accounts for; and the shift."
     K, T, C = templates.shape
@@ -790,7 +809,8 @@ def _distances(templates, counts, largest=.5):
     cosine = np.clip(cross.max((1, 3)) / (norm[:, None] * norm[None]), -1, 1)
     lag = cross.max(1).argmax(-1) - reach
     ratio = norm[:, None] / norm[None]
-    noise = T * C * (1 / np.maximum(counts, 1)[:, None] + 1 / np.maximum(counts, 1)[None])
+    noise = _noise_left(templates, counts)
+    noise = noise[:, None] + noise[None]
     d = np.sqrt(np.maximum(np.minimum(norm[:, None], norm[None])**2 * (1 - cosine**2) - noise, 0))
     d[(ratio < .6) | (ratio > 1 / .6) | (cosine < .3)] = np.inf
     np.fill_diagonal(d, np.inf)
@@ -814,7 +834,7 @@ def _join_same(templates, counts, closer, gain_sd=.1):
 def _not_sums(templates, counts, before, left=4., part=.12):
     "Rows of templates that are not two others, overlapping at a fixed lag."
     kept = list(range(len(templates)))
-    norm = np.linalg.norm(templates, axis=(1, 2))
+    norm, noise = np.linalg.norm(templates, axis=(1, 2)), _noise_left(templates, counts)
     for i in np.argsort(counts, kind="stable"):
         others = [j for j in kept if j != i and counts[j] > counts[i] and norm[j] < 1.05 * norm[i]]
         if len(others) < 2: continue
@@ -824,16 +844,16 @@ def _not_sums(templates, counts, before, left=4., part=.12):
         found = _match_piece(x, bank, 1, 0., T // 4)
         if len(found["start"]) < 2: continue
         _take_all_out(x, 0, found["start"], found["template"], found["step"], found["gain"], bank.shifted)
-        if np.linalg.norm(x) < max(left, part * norm[i]) + np.sqrt(T * C / max(counts[i], 1)): kept.remove(i)
+        if np.linalg.norm(x) < max(left, part * norm[i]) + np.sqrt(noise[i]): kept.remove(i)
     return np.array(kept, int)
 
 def _window(templates, counts, rate, before, tolerance=3., most=2.4):
     "Samples on either side that templates need so that less than `tolerance` noise sd of any stays outside."
-    T, C = templates.shape[1:]
+    T, noise = templates.shape[1], _noise_left(templates, counts)
     for ms in (1., 1.2, 1.5, 1.8, 2.1, most):
         w = int(ms * 1e-3 * rate)
         outside = templates.copy(); outside[:, before - w:before + w + 1] = 0
-        power = (outside**2).sum((1, 2)) - C * (T - 2 * w - 1) / np.maximum(counts, 1)
+        power = (outside**2).sum((1, 2)) - noise * (T - 2 * w - 1) / T
         if not len(templates) or power.max() < tolerance**2: break
     return w
 

@@ -1293,6 +1293,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spike_ppl.sort._posterior': ('sort.html#_posterior', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._principal': ('sort.html#_principal', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._products': ('sort.html#_products', 'spike_ppl/sort.py'),
+                                'spike_ppl.sort._rank': ('sort.html#_rank', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._ratio': ('sort.html#_ratio', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._read_fit': ('sort.html#_read_fit', 'spike_ppl/sort.py'),
                                 'spike_ppl.sort._residual_power': ('sort.html#_residual_power', 'spike_ppl/sort.py'),

@@ -789,16 +789,20 @@ def _template(w, most=1.4):
     return _shrunk(w[like].mean(0), like.sum())
 
 # %% ../nbs/13_sort.ipynb #0d9ccd59
-def _noise_left(templates, counts):
-    "Expected squared length of the noise in means of `counts` windows (template, time, channel): its degrees of freedom, which low rank leaves few of, over the count."
+def _rank(templates):
+    "Rank of each template (template, time, channel)."
     T, C = templates.shape[1:]
     gram = np.einsum("ktc,ktd->kcd", templates, templates, optimize=True) if C <= T else np.einsum("ktc,ksc->kts", templates, templates, optimize=True)
     values = np.linalg.eigvalsh(gram.astype(float))
-    rank = (values > 1e-6 * values.max(1, keepdims=True, initial=1e-12)).sum(1)
+    return (values > 1e-6 * values.max(1, keepdims=True, initial=1e-12)).sum(1)
+
+def _noise_left(templates, counts):
+    "Expected squared length of the noise in means of `counts` windows (template, time, channel): its degrees of freedom, few where the rank is low, over the count."
+    (T, C), rank = templates.shape[1:], _rank(templates)
     return rank * (T + C - rank) / np.maximum(counts, 1)
 
 def _distances(templates, counts, largest=.5):
-    "Distance of templates after the best shift and gain, in noise sd, less what the noise of the means accounts for; and the shift."
+    "Distance of templates after the best shift (between samples too) and gain, in noise sd, less what the noise of the means accounts for; and the shift."
     K, T, C = templates.shape
     x = np.ascontiguousarray(templates.transpose(0, 2, 1)).astype("float32")
     shifts = (np.arange(4) + .5) / 4 - .5
@@ -806,11 +810,19 @@ def _distances(templates, counts, largest=.5):
     reach = int(largest * T)
     cross = cross[..., T - 1 - reach:T + reach]
     norm = np.sqrt((x**2).sum((1, 2)))
-    cosine = np.clip(cross.max((1, 3)) / (norm[:, None] * norm[None]), -1, 1)
+    fine = cross[:, ::-1].transpose(0, 2, 3, 1).reshape(K, K, -1)      # in the order of the time between the two, in quarters of a sample
+    at = np.clip(fine.argmax(-1), 1, fine.shape[-1] - 2)[..., None]
+    a, b, c = (np.take_along_axis(fine, at + i, -1)[..., 0].astype(float) for i in (-1, 0, 1))
+    bend = a - 2 * b + c
+    top = np.maximum(cross.max((1, 3)), b - np.where(bend < 0, (a - c)**2 / (8 * np.where(bend < 0, bend, -1)), 0))
+    cosine = np.clip(top / (norm[:, None] * norm[None]), -1, 1)
     lag = cross.max(1).argmax(-1) - reach
     ratio = norm[:, None] / norm[None]
-    noise = _noise_left(templates, counts)
+    noise, rank = _noise_left(templates, counts), _rank(templates)
     noise = noise[:, None] + noise[None]
+    lost = np.sqrt(T * C) / np.maximum(counts, 1)      # length of what white noise just hides, squared: a rare unit's mean may lack what a frequent one's shows
+    more = np.maximum(rank[None] - rank[:, None], 0)
+    noise = noise + more * lost[:, None] + more.T * lost[None]
     d = np.sqrt(np.maximum(np.minimum(norm[:, None], norm[None])**2 * (1 - cosine**2) - noise, 0))
     d[(ratio < .6) | (ratio > 1 / .6) | (cosine < .3)] = np.inf
     np.fill_diagonal(d, np.inf)

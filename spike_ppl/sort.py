@@ -280,7 +280,7 @@ def find(
     basis, near, window, areas = shapes
     freedom = len(basis) * areas.sum(2)
     weight = threshold / (_equally_rare(threshold, np.median(freedom[-1]), freedom) * np.sqrt(2 * freedom))
-    offset, weight = (weight * freedom).astype("float32")[..., None], weight.astype("float32")[..., None]
+    sums, offset = (weight[..., None] * areas).astype("float32"), (weight * freedom).astype("float32")[..., None]
     edge = int(.0025 * rate) + basis.shape[1]
     reach = int(.0004 * rate)
     margin = window + basis.shape[1] + reach + 4
@@ -290,7 +290,11 @@ def find(
             _take_all_out(x, first, *subtract[0].spikes, subtract[1].shifted)
         e = _energy(x, basis)
         total, main = e.sum(0), e[0]
-        score = (weight * (areas @ total) - offset).max((0, 1))
+        score = np.full(total.shape[1], -np.inf, "float32")
+        for area, expected in zip(sums, offset):
+            over = area @ total
+            over -= expected
+            np.maximum(score, over.max(0), out=score)
         t = _peaks(score, window, threshold, max(start, edge) - first, max(max(start, edge) - first, min(stop, n_total - edge) - first))
         if not len(t): return np.zeros((4, 0))
         c = total[:, t].argmax(0)
@@ -753,9 +757,11 @@ def _fit(features, model, method, seed, truncation, labels=None, progressbar=Fal
 def _principal(x, n_features, edge=None):
     "Mean and principal directions (feature, time * channel) of windows, from spikes that are not outlying."
     x = x.reshape(len(x), -1)
-    centre = np.median(x, 0)
-    far = ((x - centre)**2).sum(1)
-    y = x[far <= np.quantile(far, .98)] - centre
+    middle = np.median(x[::max(1, len(x) // 500)], 0)      # sure enough to tell who is outlying
+    far = ((x - middle)**2).sum(1)
+    y = x[far <= np.quantile(far, .98)]
+    centre = y.mean(0)
+    y -= centre
     if min(y.shape) > 20 * n_features:      # only a few directions of many are wanted
         from sklearn.utils.extmath import randomized_svd
         vectors = randomized_svd(y, n_features, n_oversamples=10, n_iter=7, random_state=0)[2]
@@ -1168,7 +1174,7 @@ def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncati
         was = len(units.unit)
         units = _look_again(white, matched, bank, units.judged, shapes, model, method, seed, fewest=fewest)
         if r == 0:
-            left = find(white, shapes, threshold=12., subtract=(matched, bank), n_jobs=n_jobs)
+            left = find(white, shapes, threshold=5., subtract=(matched, bank), n_jobs=n_jobs)
             if len(left.sample_index) > 2 * fewest:
                 _, more, n_more = _all_clusters(white, left, shapes, model, method, seed, truncation, before, subtract=(matched, bank), fewest=fewest, smallest=smallest, most_power=1.25)
                 if len(more): units = _Units(np.concatenate([units.templates, more]), np.r_[units.unit, units.unit.max(initial=-1) + 1 + np.arange(len(more))], np.r_[units.counts, n_more], np.r_[units.judged, np.zeros(len(more), bool)])
@@ -1305,7 +1311,7 @@ def sort(
     rounds=2, # of matching and looking again
     motion=True, # join the parts of units that the tissue's motion along the probe cut in pieces
     fewest=25, # spikes that a unit must have
-    smallest=6., # length of a unit's template in whitened space, noise sd: spikes of smaller ones are not told from noise
+    smallest=5.5, # length of a unit's template in whitened space, noise sd: spikes of smaller ones are not told from noise
     memory=4e9, # bytes for traces and waveforms
     waveforms=True, # cut the waveforms of all spikes
     leftovers=True, # look for spikes of no unit
@@ -1957,7 +1963,7 @@ def _sorter():
         sorter_name = "spike_ppl"
         requires_locations = True
         compatible_with_parallel = {"loky": True, "multiprocessing": True, "threading": True}
-        _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, motion=True, fewest=25, smallest=6., n_jobs=1,
+        _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, motion=True, fewest=25, smallest=5.5, n_jobs=1,
             in_parts=None, size=24, radius=60.)
         _params_description = dict(model="name of a model of spike_ppl.models; None: a Dirichlet-process mixture with an outlier component", method="inference: vb, gibbs, nuts or advi",
             seed="of everything random", threshold="of the spikes' energy, in sd of the noise's", freq_min="lower edge of the band, Hz", freq_max="upper edge, Hz; None: 0.45 x sampling rate",
@@ -2039,7 +2045,7 @@ def cluster_peaks(
     shapes = learn_shapes(white, seed=seed)
     found = find(white, shapes, n_jobs=n_jobs)
     stages = _Stages(False)
-    try: *_, matched, bank, _ = _resolve(white, found, shapes, stages, model, method, seed, n_jobs, truncation, 2, 6., 25, {}, leftovers=False)
+    try: *_, matched, bank, _ = _resolve(white, found, shapes, stages, model, method, seed, n_jobs, truncation, 2, 5.5, 25, {}, leftovers=False)
     finally: stages.end()
     off = _trough(white, matched, bank)
     when, unit = matched.start + off[matched.template], bank.unit[matched.template]

@@ -1066,6 +1066,8 @@ def estimate_drift(
     stretch=2., # s for which the tissue stands still, at least; there are no more than 120 stretches
     trough=6., # sd; spikes of smaller troughs are not located
     most=20_000, # spikes to locate
+    smooth=3., # µm, of the histograms of depths
+    agree=.7, # correlation of what the two halves of the spikes tell, at least
     seed=0, # of their choice
 ): # Drift, or None where none is seen or the probe is too short to see it
     """Motion of the tissue along the longer side of the probe, by SpikeInterface's decentralised registration of the depths of spikes.
@@ -1087,17 +1089,22 @@ def estimate_drift(
     p["sample_index"], p["channel_index"], p["amplitude"] = t, low.argmax(1), -low.max(1)
     mass = np.maximum(low - 2, 0) * (np.linalg.norm(xy[p["channel_index"]][:, None] - xy[None], axis=2) <= 75)
     where["x"], where["y"] = (mass @ xy[:, :2] / mass.sum(1)[:, None]).T
+    stretch = max(stretch, n_total / rate / 120)
+    def estimate(rows):
+        motion = estimate_motion(standard, p[rows], where[rows], direction="xy"[axis], method="decentralized", rigid=True, bin_um=2., bin_s=stretch, histogram_depth_smooth_um=smooth, histogram_time_smooth_s=1.5 * stretch,
+            max_displacement_um=min(100., np.ptp(xy[:, axis]) / 4), progress_bar=False)
+        return Drift(((motion.temporal_bins_s[0] - standard.get_start_time()) * rate).astype("int64"), motion.displacement[0][:, 0], axis)
     import gc
     gc.freeze()      # the registration collects garbage at each of its steps; nothing that was there before is its garbage
-    try: motion = estimate_motion(standard, p, where, direction="xy"[axis], method="decentralized", rigid=True, bin_um=2., bin_s=max(stretch, n_total / rate / 120), progress_bar=False)
+    try:
+        drift = estimate(slice(None))
+        if drift.range < least: return None
+        halves = [estimate(slice(i, None, 2)).depth for i in (0, 1)]
     finally: gc.unfreeze()
-    depth = motion.displacement[0][:, 0]
-    drift = Drift(((motion.temporal_bins_s[0] - standard.get_start_time()) * rate).astype("int64"), depth, axis)
-    steady = np.corrcoef(depth[1:], depth[:-1])[0, 1] > .5 if depth.std() > 0 else False     # what jumps back and forth is noise of the estimate
-    return drift if drift.range >= least and steady else None
+    return drift if min(h.std() for h in halves) > 0 and np.corrcoef(*halves)[0, 1] > agree else None
 
 # %% ../nbs/13_sort.ipynb #e92b7f46
-def _join_moved(recording, matched, bank, drift, overlap=.3, closer=.25, least=3., edge=25):
+def _join_moved(recording, matched, bank, drift, overlap=.3, closer=.3, least=3., edge=25):
     "Unit of each template, where those that take turns as the tissue moves, and hand over to each other, are one."
     from itertools import combinations
     from scipy.sparse.csgraph import connected_components

@@ -80,6 +80,17 @@ def test_a_tissue_that_stands_still_has_no_drift():
     assert drift is not None and np.corrcoef(drift.depth, np.sin(2 * np.pi * drift.sample_index / RATE / 20))[0, 1] > .9
 
 
+@pytest.mark.parametrize("speed", [0., 12.])
+def test_few_spikes_of_few_neurons_tell_a_slow_slip_from_none(speed):
+    rng = np.random.default_rng(3)
+    n = 260
+    start = np.sort(rng.choice(np.arange(1000, int(SECONDS * RATE) - 1000, 100), n, replace=False))
+    moving = [(t, template(d + speed * t / RATE / SECONDS, size=7.)) for t, d in zip(start, rng.choice([40., 95., 130., 180.], n))]
+    drift = estimate_drift(recording_of(moving), Peaks(start + WIDTH // 2, np.zeros(n), np.zeros(n, int), np.ones(n)))
+    if speed: assert drift is not None and np.corrcoef(drift.depth, drift.sample_index)[0, 1] > .9 and 4 < drift.range < 16
+    else: assert drift is None
+
+
 def test_the_drift_comes_back_from_a_folder(tmp_path):
     import xarray as xr
     one = np.array([5])

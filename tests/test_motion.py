@@ -1,9 +1,9 @@
-"Units in a moving tissue: what is joined, what is not, and when motion is looked for at all."
+"Units in a moving tissue: what is joined, what is not, and when motion is looked for at all; templates freed of noise."
 import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from spike_ppl.sort import Drift, Matched, Peaks, Sort, _equally_rare, _join_moved, estimate_drift, load_sort, make_bank
+from spike_ppl.sort import Drift, Matched, Peaks, Sort, _distances, _equally_rare, _join_moved, _template, estimate_drift, load_sort, make_bank
 
 RATE, SECONDS, CHANNELS, WIDTH = 20_000., 20., 12, 41
 
@@ -60,6 +60,17 @@ def test_areas_of_all_sizes_are_exceeded_equally_rarely(freedom):
     rare = chi2.logsf(30 + 8 * np.sqrt(60), 30)
     assert abs(chi2.logsf(freedom + threshold * np.sqrt(2 * freedom), freedom) - rare) < .15 * abs(rare)
     if freedom == 30: assert threshold == pytest.approx(8.)
+
+
+def test_the_mean_of_few_spikes_is_freed_of_noise():
+    small = template(100., size=2.)
+    windows = small + np.random.default_rng(4).normal(size=(100, *small.shape)).astype("float32")
+    off = [float(np.linalg.norm(m - small)) for m in (windows.mean(0), _template(windows))]
+    assert off[1] < .6 * off[0]
+    halves = np.stack([_template(w, np.inf) for w in (windows[::2], windows[1::2])])
+    assert _distances(halves, np.array([50, 50]))[0][0, 1] < 1
+    other = np.stack([halves[0], template(130., size=2.)])
+    assert _distances(other, np.array([50, 50]))[0][0, 1] > 3
 
 
 def test_motion_is_not_looked_for_where_it_cannot_be_seen():

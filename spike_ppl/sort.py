@@ -280,7 +280,7 @@ def find(
     basis, near, window, areas = shapes
     freedom = len(basis) * areas.sum(2)
     weight = threshold / (_equally_rare(threshold, np.median(freedom[-1]), freedom) * np.sqrt(2 * freedom))
-    offset, weight = (weight * freedom).astype("float32")[..., None], weight.astype("float32")[..., None]
+    sums, offset = (weight[..., None] * areas).astype("float32"), (weight * freedom).astype("float32")[..., None]
     edge = int(.0025 * rate) + basis.shape[1]
     reach = int(.0004 * rate)
     margin = window + basis.shape[1] + reach + 4
@@ -290,7 +290,11 @@ def find(
             _take_all_out(x, first, *subtract[0].spikes, subtract[1].shifted)
         e = _energy(x, basis)
         total, main = e.sum(0), e[0]
-        score = (weight * (areas @ total) - offset).max((0, 1))
+        score = np.full(total.shape[1], -np.inf, "float32")
+        for area, expected in zip(sums, offset):
+            over = area @ total
+            over -= expected
+            np.maximum(score, over.max(0), out=score)
         t = _peaks(score, window, threshold, max(start, edge) - first, max(max(start, edge) - first, min(stop, n_total - edge) - first))
         if not len(t): return np.zeros((4, 0))
         c = total[:, t].argmax(0)
@@ -753,9 +757,11 @@ def _fit(features, model, method, seed, truncation, labels=None, progressbar=Fal
 def _principal(x, n_features, edge=None):
     "Mean and principal directions (feature, time * channel) of windows, from spikes that are not outlying."
     x = x.reshape(len(x), -1)
-    centre = np.median(x, 0)
-    far = ((x - centre)**2).sum(1)
-    y = x[far <= np.quantile(far, .98)] - centre
+    middle = np.median(x[::max(1, len(x) // 500)], 0)      # sure enough to tell who is outlying
+    far = ((x - middle)**2).sum(1)
+    y = x[far <= np.quantile(far, .98)]
+    centre = y.mean(0)
+    y -= centre
     if min(y.shape) > 20 * n_features:      # only a few directions of many are wanted
         from sklearn.utils.extmath import randomized_svd
         vectors = randomized_svd(y, n_features, n_oversamples=10, n_iter=7, random_state=0)[2]
@@ -769,17 +775,40 @@ def _residual_power(w, template):
     g = np.einsum("ntc,tc->n", w, template) / max(float((template**2).sum()), 1e-12)
     return g, ((w - g[:, None, None] * template)**2).mean((1, 2))
 
+def _shrunk(mean, n):
+    "The mean (time, channel) of `n` windows, its singular values shrunk to what white noise of variance 1 / n leaves of them."
+    u, s, v = np.linalg.svd(mean.astype(float), full_matrices=False)
+    large, small = max(mean.shape), min(mean.shape)
+    y, part = s * np.sqrt(n / large), small / large
+    kept = y > 1 + np.sqrt(part)
+    s[~kept] = 0
+    s[kept] *= np.sqrt((y[kept]**2 - part - 1)**2 - 4 * part) / y[kept]**2
+    return ((u * s) @ v).astype(mean.dtype)
+
 def _template(w, most=1.4):
-    "Mean of the windows that are not outlying, or None if what they share is not all there is in them."
+    "Mean of the windows that are not outlying, freed of noise, or None if what they share is not all there is in them."
     m = np.median(w[::max(1, len(w) // 100)], 0)   # of so many, the median is sure enough to tell who is outlying
     _, left = _residual_power(w, m)
     middle = np.median(left)
     if middle > most: return None
-    return w[left <= max(middle, 1.15)].mean(0)
+    like = left <= max(middle, 1.15)
+    return _shrunk(w[like].mean(0), like.sum())
 
 # %% ../nbs/13_sort.ipynb #0d9ccd59
+def _rank(templates):
+    "Rank of each template (template, time, channel)."
+    T, C = templates.shape[1:]
+    gram = np.einsum("ktc,ktd->kcd", templates, templates, optimize=True) if C <= T else np.einsum("ktc,ksc->kts", templates, templates, optimize=True)
+    values = np.linalg.eigvalsh(gram.astype(float))
+    return (values > 1e-6 * values.max(1, keepdims=True, initial=1e-12)).sum(1)
+
+def _noise_left(templates, counts):
+    "Expected squared length of the noise in means of `counts` windows (template, time, channel): its degrees of freedom, few where the rank is low, over the count."
+    (T, C), rank = templates.shape[1:], _rank(templates)
+    return rank * (T + C - rank) / np.maximum(counts, 1)
+
 def _distances(templates, counts, largest=.5):
-    "Distance of templates after the best shift and gain, in noise sd, less what the noise of the means accounts for; and the shift."
+    "Distance of templates after the best shift (between samples too) and gain, in noise sd, less what the noise of the means accounts for; and the shift."
     K, T, C = templates.shape
     x = np.ascontiguousarray(templates.transpose(0, 2, 1)).astype("float32")
     shifts = (np.arange(4) + .5) / 4 - .5
@@ -787,10 +816,19 @@ def _distances(templates, counts, largest=.5):
     reach = int(largest * T)
     cross = cross[..., T - 1 - reach:T + reach]
     norm = np.sqrt((x**2).sum((1, 2)))
-    cosine = np.clip(cross.max((1, 3)) / (norm[:, None] * norm[None]), -1, 1)
+    fine = cross[:, ::-1].transpose(0, 2, 3, 1).reshape(K, K, -1)      # in the order of the time between the two, in quarters of a sample
+    at = np.clip(fine.argmax(-1), 1, fine.shape[-1] - 2)[..., None]
+    a, b, c = (np.take_along_axis(fine, at + i, -1)[..., 0].astype(float) for i in (-1, 0, 1))
+    bend = a - 2 * b + c
+    top = np.maximum(cross.max((1, 3)), b - np.where(bend < 0, (a - c)**2 / (8 * np.where(bend < 0, bend, -1)), 0))
+    cosine = np.clip(top / (norm[:, None] * norm[None]), -1, 1)
     lag = cross.max(1).argmax(-1) - reach
     ratio = norm[:, None] / norm[None]
-    noise = T * C * (1 / np.maximum(counts, 1)[:, None] + 1 / np.maximum(counts, 1)[None])
+    noise, rank = _noise_left(templates, counts), _rank(templates)
+    noise = noise[:, None] + noise[None]
+    lost = np.sqrt(T * C) / np.maximum(counts, 1)      # length of what white noise just hides, squared: a rare unit's mean may lack what a frequent one's shows
+    more = np.maximum(rank[None] - rank[:, None], 0)
+    noise = noise + more * lost[:, None] + more.T * lost[None]
     d = np.sqrt(np.maximum(np.minimum(norm[:, None], norm[None])**2 * (1 - cosine**2) - noise, 0))
     d[(ratio < .6) | (ratio > 1 / .6) | (cosine < .3)] = np.inf
     np.fill_diagonal(d, np.inf)
@@ -814,7 +852,7 @@ def _join_same(templates, counts, closer, gain_sd=.1):
 def _not_sums(templates, counts, before, left=4., part=.12):
     "Rows of templates that are not two others, overlapping at a fixed lag."
     kept = list(range(len(templates)))
-    norm = np.linalg.norm(templates, axis=(1, 2))
+    norm, noise = np.linalg.norm(templates, axis=(1, 2)), _noise_left(templates, counts)
     for i in np.argsort(counts, kind="stable"):
         others = [j for j in kept if j != i and counts[j] > counts[i] and norm[j] < 1.05 * norm[i]]
         if len(others) < 2: continue
@@ -824,16 +862,16 @@ def _not_sums(templates, counts, before, left=4., part=.12):
         found = _match_piece(x, bank, 1, 0., T // 4)
         if len(found["start"]) < 2: continue
         _take_all_out(x, 0, found["start"], found["template"], found["step"], found["gain"], bank.shifted)
-        if np.linalg.norm(x) < max(left, part * norm[i]) + np.sqrt(T * C / max(counts[i], 1)): kept.remove(i)
+        if np.linalg.norm(x) < max(left, part * norm[i]) + np.sqrt(noise[i]): kept.remove(i)
     return np.array(kept, int)
 
 def _window(templates, counts, rate, before, tolerance=3., most=2.4):
     "Samples on either side that templates need so that less than `tolerance` noise sd of any stays outside."
-    T, C = templates.shape[1:]
+    T, noise = templates.shape[1], _noise_left(templates, counts)
     for ms in (1., 1.2, 1.5, 1.8, 2.1, most):
         w = int(ms * 1e-3 * rate)
         outside = templates.copy(); outside[:, before - w:before + w + 1] = 0
-        power = (outside**2).sum((1, 2)) - C * (T - 2 * w - 1) / np.maximum(counts, 1)
+        power = (outside**2).sum((1, 2)) - noise * (T - 2 * w - 1) / T
         if not len(templates) or power.max() < tolerance**2: break
     return w
 
@@ -1028,6 +1066,8 @@ def estimate_drift(
     stretch=2., # s for which the tissue stands still, at least; there are no more than 120 stretches
     trough=6., # sd; spikes of smaller troughs are not located
     most=20_000, # spikes to locate
+    smooth=3., # µm, of the histograms of depths
+    agree=.7, # correlation of what the two halves of the spikes tell, at least
     seed=0, # of their choice
 ): # Drift, or None where none is seen or the probe is too short to see it
     """Motion of the tissue along the longer side of the probe, by SpikeInterface's decentralised registration of the depths of spikes.
@@ -1049,17 +1089,22 @@ def estimate_drift(
     p["sample_index"], p["channel_index"], p["amplitude"] = t, low.argmax(1), -low.max(1)
     mass = np.maximum(low - 2, 0) * (np.linalg.norm(xy[p["channel_index"]][:, None] - xy[None], axis=2) <= 75)
     where["x"], where["y"] = (mass @ xy[:, :2] / mass.sum(1)[:, None]).T
+    stretch = max(stretch, n_total / rate / 120)
+    def estimate(rows):
+        motion = estimate_motion(standard, p[rows], where[rows], direction="xy"[axis], method="decentralized", rigid=True, bin_um=2., bin_s=stretch, histogram_depth_smooth_um=smooth, histogram_time_smooth_s=1.5 * stretch,
+            max_displacement_um=min(100., np.ptp(xy[:, axis]) / 4), progress_bar=False)
+        return Drift(((motion.temporal_bins_s[0] - standard.get_start_time()) * rate).astype("int64"), motion.displacement[0][:, 0], axis)
     import gc
     gc.freeze()      # the registration collects garbage at each of its steps; nothing that was there before is its garbage
-    try: motion = estimate_motion(standard, p, where, direction="xy"[axis], method="decentralized", rigid=True, bin_um=2., bin_s=max(stretch, n_total / rate / 120), progress_bar=False)
+    try:
+        drift = estimate(slice(None))
+        if drift.range < least: return None
+        halves = [estimate(slice(i, None, 2)).depth for i in (0, 1)]
     finally: gc.unfreeze()
-    depth = motion.displacement[0][:, 0]
-    drift = Drift(((motion.temporal_bins_s[0] - standard.get_start_time()) * rate).astype("int64"), depth, axis)
-    steady = np.corrcoef(depth[1:], depth[:-1])[0, 1] > .5 if depth.std() > 0 else False     # what jumps back and forth is noise of the estimate
-    return drift if drift.range >= least and steady else None
+    return drift if min(h.std() for h in halves) > 0 and np.corrcoef(*halves)[0, 1] > agree else None
 
 # %% ../nbs/13_sort.ipynb #e92b7f46
-def _join_moved(recording, matched, bank, drift, overlap=.3, closer=.25, least=3., edge=25):
+def _join_moved(recording, matched, bank, drift, overlap=.3, closer=.3, least=3., edge=25):
     "Unit of each template, where those that take turns as the tissue moves, and hand over to each other, are one."
     from itertools import combinations
     from scipy.sparse.csgraph import connected_components
@@ -1136,7 +1181,7 @@ def _resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncati
         was = len(units.unit)
         units = _look_again(white, matched, bank, units.judged, shapes, model, method, seed, fewest=fewest)
         if r == 0:
-            left = find(white, shapes, threshold=12., subtract=(matched, bank), n_jobs=n_jobs)
+            left = find(white, shapes, threshold=5., subtract=(matched, bank), n_jobs=n_jobs)
             if len(left.sample_index) > 2 * fewest:
                 _, more, n_more = _all_clusters(white, left, shapes, model, method, seed, truncation, before, subtract=(matched, bank), fewest=fewest, smallest=smallest, most_power=1.25)
                 if len(more): units = _Units(np.concatenate([units.templates, more]), np.r_[units.unit, units.unit.max(initial=-1) + 1 + np.arange(len(more))], np.r_[units.counts, n_more], np.r_[units.judged, np.zeros(len(more), bool)])
@@ -1273,7 +1318,7 @@ def sort(
     rounds=2, # of matching and looking again
     motion=True, # join the parts of units that the tissue's motion along the probe cut in pieces
     fewest=25, # spikes that a unit must have
-    smallest=6., # length of a unit's template in whitened space, noise sd: spikes of smaller ones are not told from noise
+    smallest=5.5, # length of a unit's template in whitened space, noise sd: spikes of smaller ones are not told from noise
     memory=4e9, # bytes for traces and waveforms
     waveforms=True, # cut the waveforms of all spikes
     leftovers=True, # look for spikes of no unit
@@ -1925,7 +1970,7 @@ def _sorter():
         sorter_name = "spike_ppl"
         requires_locations = True
         compatible_with_parallel = {"loky": True, "multiprocessing": True, "threading": True}
-        _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, motion=True, fewest=25, smallest=6., n_jobs=1,
+        _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, motion=True, fewest=25, smallest=5.5, n_jobs=1,
             in_parts=None, size=24, radius=60.)
         _params_description = dict(model="name of a model of spike_ppl.models; None: a Dirichlet-process mixture with an outlier component", method="inference: vb, gibbs, nuts or advi",
             seed="of everything random", threshold="of the spikes' energy, in sd of the noise's", freq_min="lower edge of the band, Hz", freq_max="upper edge, Hz; None: 0.45 x sampling rate",
@@ -2007,7 +2052,7 @@ def cluster_peaks(
     shapes = learn_shapes(white, seed=seed)
     found = find(white, shapes, n_jobs=n_jobs)
     stages = _Stages(False)
-    try: *_, matched, bank, _ = _resolve(white, found, shapes, stages, model, method, seed, n_jobs, truncation, 2, 6., 25, {}, leftovers=False)
+    try: *_, matched, bank, _ = _resolve(white, found, shapes, stages, model, method, seed, n_jobs, truncation, 2, 5.5, 25, {}, leftovers=False)
     finally: stages.end()
     off = _trough(white, matched, bank)
     when, unit = matched.start + off[matched.template], bank.unit[matched.template]

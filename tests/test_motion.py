@@ -1,9 +1,9 @@
-"Units in a moving tissue: what is joined, what is not, and when motion is looked for at all."
+"Units in a moving tissue: what is joined, what is not, and when motion is looked for at all; templates freed of noise."
 import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from spike_ppl.sort import Drift, Matched, Peaks, Sort, _equally_rare, _join_moved, estimate_drift, load_sort, make_bank
+from spike_ppl.sort import Drift, Matched, Peaks, Sort, _distances, _equally_rare, _join_moved, _template, estimate_drift, load_sort, make_bank
 
 RATE, SECONDS, CHANNELS, WIDTH = 20_000., 20., 12, 41
 
@@ -62,6 +62,17 @@ def test_areas_of_all_sizes_are_exceeded_equally_rarely(freedom):
     if freedom == 30: assert threshold == pytest.approx(8.)
 
 
+def test_the_mean_of_few_spikes_is_freed_of_noise():
+    small = template(100., size=2.)
+    windows = small + np.random.default_rng(4).normal(size=(100, *small.shape)).astype("float32")
+    off = [float(np.linalg.norm(m - small)) for m in (windows.mean(0), _template(windows))]
+    assert off[1] < .6 * off[0]
+    halves = np.stack([_template(w, np.inf) for w in (windows[::2], windows[1::2])])
+    assert _distances(halves, np.array([50, 50]))[0][0, 1] < 1
+    other = np.stack([halves[0], template(130., size=2.)])
+    assert _distances(other, np.array([50, 50]))[0][0, 1] > 3
+
+
 def test_motion_is_not_looked_for_where_it_cannot_be_seen():
     from spike_ppl.recording import demo_recording
     recording, _ = demo_recording(seed=0, duration=21., n_units=3)      # seven electrodes
@@ -78,6 +89,17 @@ def test_a_tissue_that_stands_still_has_no_drift():
     moving = [(t, template(d + 15 * np.sin(2 * np.pi * t / RATE / 20))) for t, d in zip(start, rng.choice([40., 95., 130., 180.], n))]
     drift = estimate_drift(recording_of(moving), Peaks(start + WIDTH // 2, np.zeros(n), np.zeros(n, int), np.ones(n)))
     assert drift is not None and np.corrcoef(drift.depth, np.sin(2 * np.pi * drift.sample_index / RATE / 20))[0, 1] > .9
+
+
+@pytest.mark.parametrize("speed", [0., 12.])
+def test_few_spikes_of_few_neurons_tell_a_slow_slip_from_none(speed):
+    rng = np.random.default_rng(3)
+    n = 260
+    start = np.sort(rng.choice(np.arange(1000, int(SECONDS * RATE) - 1000, 100), n, replace=False))
+    moving = [(t, template(d + speed * t / RATE / SECONDS, size=7.)) for t, d in zip(start, rng.choice([40., 95., 130., 180.], n))]
+    drift = estimate_drift(recording_of(moving), Peaks(start + WIDTH // 2, np.zeros(n), np.zeros(n, int), np.ones(n)))
+    if speed: assert drift is not None and np.corrcoef(drift.depth, drift.sample_index)[0, 1] > .9 and 4 < drift.range < 16
+    else: assert drift is None
 
 
 def test_the_drift_comes_back_from_a_folder(tmp_path):

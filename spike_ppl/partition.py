@@ -324,7 +324,7 @@ def coclustering(
     return xr.DataArray(pi, dims=("spike", "spike_bis"), name="coclustering", coords=dict(spike=index, spike_bis=index))
 
 # %% ../nbs/07_partition.ipynb #727b24a4
-_losses = ("misassigned", "vi", "binder")
+_losses = ("vi", "binder", "misassigned")
 
 def _f(loss, n):
     "Table of f(0..n) divided by the scale of the loss 'vi' or 'binder'."
@@ -387,7 +387,7 @@ def _matched(labels, names, unit, weight):
 
 def _loss_of_draws(labels, names, partition, loss):
     "Loss between one partition (spike), -1 for no unit, and each draw of canonical labels (S, spike)."
-    if loss not in _losses: raise ValueError(f"loss={loss!r} is unknown; choose 'misassigned' (share of spikes in the wrong unit), 'vi' (variation of information) or 'binder'.")
+    if loss not in _losses: raise ValueError(f"loss={loss!r} is unknown; choose 'vi' (variation of information), 'binder' or 'misassigned' (share of spikes in the wrong unit).")
     (p, blocks), n = _one(partition, labels.shape[1]), labels.shape[1]
     one = np.ones(n, np.int64)
     if loss == "misassigned": return 1 - _matched(labels, names, p[0].astype(np.int64) - 1, one)[1] / n
@@ -406,7 +406,7 @@ def _one(partition, n=None):
 def partition_distance(
     a, # labels (spike)
     b, # labels (spike)
-    loss:str="misassigned", # "misassigned" (share of spikes), "vi" (bits) or "binder" (fraction of pairs)
+    loss:str="vi", # "vi" (bits), "binder" (fraction of pairs) or "misassigned" (share of spikes)
 ) -> float:
     "Distance between two partitions, see above. Spikes labelled -1 are in no unit."
     row, names = _one(a)
@@ -417,10 +417,10 @@ def partition_distance(
 def expected_loss(
     fit, # fit, or labels (draw, spike)
     partition, # labels (spike)
-    loss:str="misassigned", # "misassigned", "vi" or "binder"
+    loss:str="vi", # "vi", "binder" or "misassigned"
     max_draws:int|None=None, # use at most so many draws
     model=None, # the model, see `assignment_draws`
-) -> float: # share of spikes, bits, or fraction of pairs
+) -> float: # bits, fraction of pairs, or share of spikes
     "Posterior expectation of the distance between the partition and the true one."
     labels, names = _canonical(_draws(fit, max_draws, model=model).labels)
     return float(_loss_of_draws(labels, names, partition, loss).mean())
@@ -440,65 +440,6 @@ def _items(labels):
     order = np.argsort(first)
     rank = np.empty(len(order), int); rank[order] = np.arange(len(order))
     return np.ascontiguousarray(columns[first[order]].T), weight[order].astype(np.int64), rank[inverse.ravel()]
-
-# %% ../nbs/07_partition.ipynb #3c1fa9d2
-@numba.njit(cache=True)
-def _tally_blocks(labels, match, counts):
-    "Counts (N, m + 2): matched unit, no unit, elsewhere; match is (S, names) with -2 for elsewhere, and name 0 is no unit."
-    m = counts.shape[1] - 2
-    for s in range(labels.shape[0]):
-        for i in range(labels.shape[1]):
-            z = labels[s, i]
-            if z == 0: counts[i, m] += 1
-            elif match[s, z] >= 0: counts[i, match[s, z]] += 1
-            else: counts[i, m + 1] += 1
-
-def _close_up(unit):
-    "Units named 0, 1, ... without gaps; -1 stays."
-    out = np.full(len(unit), -1)
-    out[unit >= 0] = np.unique(unit[unit >= 0], return_inverse=True)[1]
-    return out
-
-class _Matching:
-    "Share of misassigned spikes over a set of items, and moves that lower it."
-    def __init__(self, rows, w, names): self.rows, self.w, self.names = rows, w, names
-    def counts(self, unit):
-        "How often each item is in each unit, in none, elsewhere; spikes on which draws and partition agree, mean over draws."
-        match, agree = _matched(self.rows, self.names, unit, self.w)
-        counts = np.zeros((len(unit), unit.max(initial=-1) + 3))
-        _tally_blocks(self.rows, match, counts)
-        return counts, agree.mean()
-    def descend(self, unit):
-        "Matches and moves in turn until no more spikes agree."
-        counts, agree = self.counts(unit)
-        while True:
-            new = counts[:, :-1].argmax(1)
-            new = _close_up(np.where(new == counts.shape[1] - 2, -1, new))
-            more, value = self.counts(new)
-            if value <= agree + 1e-9: return unit, counts, agree
-            unit, counts, agree = new, more, value
-    def improve(self, unit):
-        "Descends; units that the partition lacks are added as long as this helps."
-        unit, counts, agree = self.descend(_close_up(unit))
-        while True:
-            lacks = counts[:, -1] > counts[np.arange(len(unit)), np.where(unit < 0, counts.shape[1] - 2, unit)]
-            if not lacks.any(): return unit, agree
-            found = self.descend(_close_up(np.where(lacks, unit.max() + 1, unit)))
-            if found[2] <= agree + 1e-9: return unit, agree
-            unit, counts, agree = found
-
-def _least_misassigned(rows, w, names, likeliest):
-    "Items' units with the smallest expected share of misassigned spikes that is found, and what was tried."
-    starts = {f"draw {s}": rows[s].astype(np.int64) - 1 for s in _even(len(rows), int(np.clip(20_000 / len(w), 12, 60)))} | {"one unit": np.zeros(len(w), np.int64)}
-    if likeliest is not None: starts["most probable unit"] = likeliest
-    some = _Matching(rows[_even(len(rows), 300)], w, names)                                     # enough to tell which starts lead far
-    tried = {k: some.improve(u) for k, u in starts.items()}
-    units = {tried[k][0].tobytes(): k for k in sorted(tried, key=lambda k: tried[k][1])}       # each end once
-    search = _Matching(rows, w, names)
-    ends = {k: search.improve(tried[k][0]) for k in list(units.values())[-3:]}
-    name = max(ends, key=lambda k: ends[k][1])
-    return ends[name][0], name, {k: float(1 - v[1] / w.sum()) for k, v in ends.items()}
-
 
 # %% ../nbs/07_partition.ipynb #229857f7
 @numba.njit(cache=True)
@@ -615,6 +556,65 @@ def _agglomerative(search, most, limit=1200):
     start = np.full(m, -1, np.int64); start[index] = best
     return start
 
+# %% ../nbs/07_partition.ipynb #3c1fa9d2
+@numba.njit(cache=True)
+def _tally_blocks(labels, match, counts):
+    "Counts (N, m + 2): matched unit, no unit, elsewhere; match is (S, names) with -2 for elsewhere, and name 0 is no unit."
+    m = counts.shape[1] - 2
+    for s in range(labels.shape[0]):
+        for i in range(labels.shape[1]):
+            z = labels[s, i]
+            if z == 0: counts[i, m] += 1
+            elif match[s, z] >= 0: counts[i, match[s, z]] += 1
+            else: counts[i, m + 1] += 1
+
+def _close_up(unit):
+    "Units named 0, 1, ... without gaps; -1 stays."
+    out = np.full(len(unit), -1)
+    out[unit >= 0] = np.unique(unit[unit >= 0], return_inverse=True)[1]
+    return out
+
+class _Matching:
+    "Share of misassigned spikes over a set of items, and moves that lower it."
+    def __init__(self, rows, w, names): self.rows, self.w, self.names = rows, w, names
+    def counts(self, unit):
+        "How often each item is in each unit, in none, elsewhere; spikes on which draws and partition agree, mean over draws."
+        match, agree = _matched(self.rows, self.names, unit, self.w)
+        counts = np.zeros((len(unit), unit.max(initial=-1) + 3))
+        _tally_blocks(self.rows, match, counts)
+        return counts, agree.mean()
+    def descend(self, unit):
+        "Matches and moves in turn until no more spikes agree."
+        counts, agree = self.counts(unit)
+        while True:
+            new = counts[:, :-1].argmax(1)
+            new = _close_up(np.where(new == counts.shape[1] - 2, -1, new))
+            more, value = self.counts(new)
+            if value <= agree + 1e-9: return unit, counts, agree
+            unit, counts, agree = new, more, value
+    def improve(self, unit):
+        "Descends; units that the partition lacks are added as long as this helps."
+        unit, counts, agree = self.descend(_close_up(unit))
+        while True:
+            lacks = counts[:, -1] > counts[np.arange(len(unit)), np.where(unit < 0, counts.shape[1] - 2, unit)]
+            if not lacks.any(): return unit, agree
+            found = self.descend(_close_up(np.where(lacks, unit.max() + 1, unit)))
+            if found[2] <= agree + 1e-9: return unit, agree
+            unit, counts, agree = found
+
+def _least_misassigned(rows, w, names, likeliest):
+    "Items' units with the smallest expected share of misassigned spikes that is found, and what was tried."
+    starts = {f"draw {s}": rows[s].astype(np.int64) - 1 for s in _even(len(rows), int(np.clip(20_000 / len(w), 12, 60)))} | {"one unit": np.zeros(len(w), np.int64)}
+    if likeliest is not None: starts["most probable unit"] = likeliest
+    some = _Matching(rows[_even(len(rows), 300)], w, names)                                     # enough to tell which starts lead far
+    tried = {k: some.improve(u) for k, u in starts.items()}
+    units = {tried[k][0].tobytes(): k for k in sorted(tried, key=lambda k: tried[k][1])}       # each end once
+    search = _Matching(rows, w, names)
+    ends = {k: search.improve(tried[k][0]) for k in list(units.values())[-3:]}
+    name = max(ends, key=lambda k: ends[k][1])
+    return ends[name][0], name, {k: float(1 - v[1] / w.sum()) for k, v in ends.items()}
+
+
 # %% ../nbs/07_partition.ipynb #1eb665da
 def _by_size(partition):
     "Blocks named 0, 1, ... by size, ties by first spike."
@@ -673,7 +673,7 @@ def _point(d, loss, seed, starts, max_sweeps=50):
 # %% ../nbs/07_partition.ipynb #366903c3
 def point_partition(
     fit, # fit, or labels (draw, spike)
-    loss:str="misassigned", # "misassigned" (share of spikes in the wrong unit), "vi" (variation of information, bits) or "binder" (fraction of pairs)
+    loss:str="vi", # "vi" (variation of information, bits), "binder" (fraction of pairs) or "misassigned" (share of spikes in the wrong unit)
     seed:int=0, # of the search and, for `vb`, of the draws
     starts:int=4, # random sequential allocations, beside the other starts; for "vi" and "binder"
     model=None, # the model, see `assignment_draws`
@@ -692,7 +692,7 @@ def point_partition(
 def credible_partitions(
     fit, # fit, or labels (draw, spike)
     partition=None, # labels (spike) at the centre; None: `point_partition(fit, loss)`
-    loss:str="misassigned", # "misassigned", "vi" or "binder"
+    loss:str="vi", # "vi", "binder" or "misassigned"
     level:float=.95, # posterior probability in the ball
     seed:int=0, # of the search and, for `vb`, of the draws
     model=None, # the model, see `assignment_draws`
@@ -844,7 +844,7 @@ def relabel(
         step = max(int(cells / z.shape[2]), 1)
         blocks = lambda: (lookup[z[i, j:j + step].values] for i in range(c) for j in range(0, d, step))
         whole = _draws(fit, 300, seed)
-        pivot = _point(whole, "misassigned", seed, 2)[0]
+        pivot = _point(whole, "vi", seed, 2)[0]
         match, counts = _match_draws(blocks, pivot, len(inliers))
         column = np.argsort(-counts.sum(0), kind="stable")
         rank = np.empty_like(column); rank[column] = np.arange(len(column))
@@ -915,9 +915,10 @@ def _apply(fit, orders, sizes, role, unit_dim, k, fixed):
 # %% ../nbs/07_partition.ipynb #bcd6372d
 def certainty(
     fit, # fit, or labels (draw, spike)
-    partition=None, # labels (spike), -1 for no unit; None: `point_partition(fit)`
+    partition=None, # labels (spike), -1 for no unit; None: `point_partition(fit, loss)`
     seed:int=0, # of the search and, for `vb`, of the draws
     model=None, # the model, see `assignment_draws`
+    loss:str="vi", # of the point partition: "vi", "binder" or "misassigned"
 ) -> xr.Dataset: # per spike and per unit, see above
     """How sure the posterior is of each spike and each unit of the point partition.
 
@@ -928,7 +929,7 @@ def certainty(
     Raises `ValueError` if the units of `partition` are not named 0, 1, ... without gaps."""
     d = _draws(fit, seed=seed, model=model)
     n = d.labels.shape[1]
-    unit = _point(d, "misassigned", seed, 4)[0] if partition is None else np.asarray(partition)
+    unit = _point(d, loss, seed, 4)[0] if partition is None else np.asarray(partition)
     _one(unit, n)
     held = np.unique(unit[unit >= 0])
     m = len(held)

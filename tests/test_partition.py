@@ -93,8 +93,8 @@ def as_fit(assignments, weights=None, means=None, **extra):
 def test_distances_are_the_definitions(n):
     rows = all_partitions(n)
     for a, b in itertools.product(rows, rows):
-        assert P.partition_distance(a, b) == pytest.approx(misassigned(a, b), abs=1e-12)
-        assert P.partition_distance(a, b, "vi") == pytest.approx(vi(a, b), abs=1e-12)
+        assert P.partition_distance(a, b) == pytest.approx(vi(a, b), abs=1e-12)
+        assert P.partition_distance(a, b, "misassigned") == pytest.approx(misassigned(a, b), abs=1e-12)
         assert P.partition_distance(a, b, "binder") == pytest.approx(binder(a, b), abs=1e-12)
 
 
@@ -126,9 +126,8 @@ def test_point_partition_recovers_what_every_draw_hides():
     rng = np.random.default_rng(0)
     truth = np.sort(rng.integers(0, 5, 400))
     z = np.where(rng.random((200, 400)) < .2, rng.integers(0, 5, (200, 400)), truth)
-    best = P.point_partition(z)
-    assert P.partition_distance(best.values, truth) == pytest.approx(0)
-    assert min(P.partition_distance(row, truth) for row in z) > .1
+    for loss in ("vi", "misassigned"): assert P.partition_distance(P.point_partition(z, loss).values, truth) == pytest.approx(0)
+    assert min(P.partition_distance(row, truth) for row in z) > 1
 
 
 def test_units_that_are_surely_two_are_not_joined_however_many_spikes_they_share():
@@ -136,10 +135,10 @@ def test_units_that_are_surely_two_are_not_joined_however_many_spikes_they_share
     rng = np.random.default_rng(0)
     z = np.repeat([[0] * 20 + [1] * 20], 100, 0)
     z = np.concatenate([z, rng.integers(0, 2, (100, 80))], 1)
-    best = P.point_partition(z).values
+    best = P.point_partition(z, "misassigned").values
     assert len(np.unique(best)) == 2 and len(np.unique(best[:20])) == len(np.unique(best[20:40])) == 1 and best[0] != best[20]
     assert len(np.unique(P.point_partition(z, "vi"))) == 1
-    single = P.point_partition(np.where(rng.random((100, 1)) < .4, z, 0))
+    single = P.point_partition(np.where(rng.random((100, 1)) < .4, z, 0), "misassigned")
     assert len(np.unique(single)) == 1
 
 
@@ -147,8 +146,10 @@ def test_the_share_of_misassigned_spikes_is_what_certainty_says():
     for seed in range(5):
         z = random_posterior(30, 40, 4, seed)
         z[:, ::7] = np.where(z[:, ::7] == 2, -1, z[:, ::7])
-        sure = P.certainty(z)
-        assert P.expected_loss(z, sure.unit.values) == pytest.approx(1 - sure.probability.mean().item())
+        for loss in ("vi", "misassigned"):
+            sure = P.certainty(z, loss=loss)
+            np.testing.assert_array_equal(sure.unit, P.point_partition(z, loss))
+            assert P.expected_loss(z, sure.unit.values, "misassigned") == pytest.approx(1 - sure.probability.mean().item())
 
 
 def test_point_partition_handles_edges():
@@ -197,9 +198,10 @@ def test_coclustering_and_n_units_of_an_enumerated_posterior():
     units = np.array([len(set(z)) for z in labels])
     pmf = P.n_units(draws)
     for k in pmf.n_units.values: assert pmf.sel(n_units=k).item() == pytest.approx(p[units == k].sum(), abs=.012)
-    exact_loss = all_losses("misassigned", all_partitions(6), labels) @ p
-    found = P.point_partition(draws)
-    assert (all_losses("misassigned", found.values[None], labels) @ p)[0] == pytest.approx(exact_loss.min(), abs=.01)
+    for loss in ("vi", "misassigned"):
+        exact_loss = all_losses(loss, all_partitions(6), labels) @ p
+        found = P.point_partition(draws, loss)
+        assert (all_losses(loss, found.values[None], labels) @ p)[0] == pytest.approx(exact_loss.min(), abs=.01)
 
 
 def test_coclustering_of_subsets_and_its_limits():
@@ -440,7 +442,8 @@ def test_credible_ball():
     z = np.array([[0] * 10] * 10 + [[0] * 5 + [1] * 5] * 75 + [[0] * 5 + [1] * 3 + [2] * 2] * 15)
     ball = P.credible_partitions(z, level=.95)
     assert ball.partition.sel(bound="point").values.tolist() == [0] * 5 + [1] * 5
-    assert ball.attrs["radius"] == pytest.approx(.5)
+    assert ball.attrs["radius"] == pytest.approx(1.)
+    assert P.credible_partitions(z, level=.95, loss="misassigned").attrs["radius"] == pytest.approx(.5)
     assert ball.n_units.values.tolist() == [2, 1, 1, 3]
     tight = P.credible_partitions(z, level=.7)
     assert tight.attrs["radius"] == 0 and tight.n_units.values.tolist() == [2, 2, 2, 2]

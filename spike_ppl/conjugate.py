@@ -701,6 +701,10 @@ def _random_point(joint, families, rng):
     "A random point of the natural space; variables without a family stay at their initial value."
     return {k: (families[k].generic(v, rng) if k in families else v) for k, v in joint.initial.items()}
 
+def _logits(terms, joint, name, v, family):
+    "Sum of terms (name -> graph) at every value of a finite discrete variable, the values last."
+    return pt.moveaxis(_added(_enumerated(t, v, family, _owner(joint, name, family, k)) for k, t in terms.items()), 0, -1)
+
 def _read(joint, name, family):
     "Natural parameters of `name` in a candidate family, as graphs of the other variables."
     v = joint.free[name]
@@ -708,9 +712,7 @@ def _read(joint, name, family):
     if isinstance(family, FiniteDiscrete):
         short = [k for k in joint.depends(name) if joint.terms[k].ndim < v.ndim]
         if short: raise NotConjugate(name, "finite discrete", f"the terms {short} do not keep its elements apart")
-        parts = [_enumerated(joint.terms[k], v, family, _owner(joint, name, family, k)) for k in joint.depends(name)]
-        logits = _added(parts)
-        return [pt.moveaxis(logits, 0, -1)]
+        return [_logits({k: joint.terms[k] for k in joint.depends(name)}, joint, name, v, family)]
     base, rng = _generic_base(joint, name)
     return family.read(_total(terms), v, pt.constant(family.generic(base, rng), dtype=v.dtype) if not isinstance(family, Wishart) else pt.constant(base))
 
@@ -1102,9 +1104,7 @@ class _Plan:
         return fam.read(f, self.free[name], self.base[name], _total([c[k] for k in self.terms if name in self.depends[k]]))
 
     def build_logits(self, name):
-        v, family = self.free[name], self.family[name]
-        parts = [_enumerated(self.terms[k], v, family, _owner(self.joint, name, family, k)) for k in self.terms if name in self.depends[k]]
-        return [pt.moveaxis(_added(parts), 0, -1)]
+        return [_logits({k: t for k, t in self.terms.items() if name in self.depends[k]}, self.joint, name, self.free[name], self.family[name])]
 
     def build_expected_natural(self, name):
         "Natural parameters of the optimal q(name) given the moments of the others."

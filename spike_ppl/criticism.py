@@ -32,7 +32,7 @@ from scipy.stats import chi2
 
 # %% ../nbs/09_criticism.ipynb #6b949d02
 from . import plots
-from .partition import (_canonical, _draws, _even, _sizes, _with_groups, certainty, coclustering, n_units,
+from .partition import (_canonical, _close_up, _draws, _even, _sizes, _with_groups, certainty, coclustering, n_units,
                                  partition_distance, point_partition, relabel, roles)
 
 # %% ../nbs/09_criticism.ipynb #f96097ff
@@ -91,17 +91,16 @@ def _of_partitions(sizes):
 
 def _invariants(fit, d, best, seed, n_pairs):
     "Label-invariant quantities: name -> (chain, draw)."
-    from spike_ppl.partition import _distances, _f, _one
+    from spike_ppl.partition import _loss_of_draws
     labels, names = _canonical(d.labels)
     n = labels.shape[1]
     sizes = _sizes(labels, names)
-    p, blocks = _one(best, n)
     out = {}
     lp = _lp(fit)
     if lp is not None and np.isfinite(lp).all(): out["log joint"] = lp
     per = lambda v: _grid(np.asarray(v, float), d.chain, d.draw)
     out |= {k: per(v) for k, v in _of_partitions(sizes).items()}
-    out["distance from the point estimate [bits]"] = per(_distances(labels, p[0], names, blocks, np.ones(n, np.int64), _f("vi", n)))
+    out["distance from the point estimate [bits]"] = per(_loss_of_draws(labels, names, best, "vi"))
     rng = np.random.default_rng(seed)
     i, j = rng.integers(0, n, (2, 20 * n_pairs))
     share = (labels[:, i] == labels[:, j]) & (labels[:, i] > 0)
@@ -773,8 +772,7 @@ def _truth(truth, n):
     t = np.asarray(truth)
     if t.shape != (n,): raise ValueError(f"truth has shape {t.shape}, expected ({n},): one true unit per spike of the fit.")
     if np.issubdtype(t.dtype, np.integer) and t.min(initial=0) >= -1:
-        out = np.full(n, -1); out[t >= 0] = np.unique(t[t >= 0], return_inverse=True)[1]
-        return out, np.unique(t[t >= 0])
+        return _close_up(t), np.unique(t[t >= 0])
     names, out = np.unique(t, return_inverse=True)
     return out, names
 

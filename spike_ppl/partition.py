@@ -132,15 +132,13 @@ def _from_array(x, max_draws):
     keep = _even(c * d, max_draws or c * d)
     x = x.reshape(c * d, n)[keep]
     if x.min() < -1: raise ValueError("labels: -1 means no unit, other labels must not be negative.")
-    if x.max() > 2**31 - 2: x = _canonical_any(x)
+    if x.max() > 2**31 - 2: x = np.array([_close_up(row) for row in x])
     return _Draws(_small(x), chain[keep], draw[keep], None, None, coords)
 
-def _canonical_any(x):
-    "Labels of any size, made small draw by draw."
-    out = np.empty(x.shape, np.int32)
-    for s, row in enumerate(x):
-        names, inverse = np.unique(row[row >= 0], return_inverse=True)
-        out[s] = -1; out[s, row >= 0] = inverse
+def _close_up(unit):
+    "Units named 0, 1, ... without gaps, in their order; -1 stays."
+    out = np.full(len(unit), -1)
+    out[unit >= 0] = np.unique(unit[unit >= 0], return_inverse=True)[1]
     return out
 
 def _recover(fit, model, size, seed):
@@ -324,7 +322,9 @@ def coclustering(
     return xr.DataArray(pi, dims=("spike", "spike_bis"), name="coclustering", coords=dict(spike=index, spike_bis=index))
 
 # %% ../nbs/07_partition.ipynb #727b24a4
-_losses = ("vi", "binder", "misassigned")
+def _check_loss(loss):
+    if loss not in ("vi", "binder", "misassigned"):
+        raise ValueError(f"loss={loss!r} is unknown; choose 'vi' (variation of information), 'binder' or 'misassigned' (share of spikes in the wrong unit).")
 
 def _f(loss, n):
     "Table of f(0..n) divided by the scale of the loss 'vi' or 'binder'."
@@ -373,21 +373,27 @@ def _match(overlap):
     out[u[hit]] = b[hit]
     return out
 
+def _match_all(table):
+    "The same for many draws: table (S, names, units); name 0, which is no unit, gets none."
+    match = np.full(table.shape[:2], -2)
+    if table.shape[2]: match[:, 1:] = [_match(t) for t in table[:, 1:]]
+    return match
+
 def _matched(labels, names, unit, weight):
     "Unit of the partition that each name of each draw is matched to, (S, names), -2 for none; weight of the spikes on which draw and partition then agree, (S,)."
     m = unit.max(initial=-1) + 1
     match, agree = np.full((len(labels), names), -2), np.zeros(len(labels))
     for part in _parts(labels, names, m + 1):
         table = _contingency(labels[part], np.where(unit < 0, m, unit), names, m + 1, weight)
-        if m: match[part, 1:] = [_match(t) for t in table[:, 1:, :m]]
-        s, u = np.nonzero(match[part] >= 0)
+        match[part] = found = _match_all(table[:, :, :m])
+        s, u = np.nonzero(found >= 0)
         agree[part] = table[:, 0, m]
-        np.add.at(agree, part[s], table[s, u, match[part][s, u]])
+        np.add.at(agree, part[s], table[s, u, found[s, u]])
     return match, agree
 
 def _loss_of_draws(labels, names, partition, loss):
     "Loss between one partition (spike), -1 for no unit, and each draw of canonical labels (S, spike)."
-    if loss not in _losses: raise ValueError(f"loss={loss!r} is unknown; choose 'vi' (variation of information), 'binder' or 'misassigned' (share of spikes in the wrong unit).")
+    _check_loss(loss)
     (p, blocks), n = _one(partition, labels.shape[1]), labels.shape[1]
     one = np.ones(n, np.int64)
     if loss == "misassigned": return 1 - _matched(labels, names, p[0].astype(np.int64) - 1, one)[1] / n
@@ -399,8 +405,7 @@ def _one(partition, n=None):
     if p.ndim != 1 or (n is not None and len(p) != n):
         raise ValueError(f"partition has shape {p.shape}, expected ({'n' if n is None else n},): one label per spike.")
     if not np.issubdtype(p.dtype, np.integer): raise TypeError(f"partition has dtype {p.dtype}, expected integers.")
-    return _canonical(np.where(p < 0, -1, np.unique(p, return_inverse=True)[1])[None])
-
+    return _canonical(_close_up(p)[None])
 
 # %% ../nbs/07_partition.ipynb #e5aa59c5
 def partition_distance(
@@ -411,7 +416,6 @@ def partition_distance(
     "Distance between two partitions, see above. Spikes labelled -1 are in no unit."
     row, names = _one(a)
     return float(_loss_of_draws(row, names, b, loss)[0])
-
 
 # %% ../nbs/07_partition.ipynb #259cb8ba
 def expected_loss(
@@ -424,7 +428,6 @@ def expected_loss(
     "Posterior expectation of the distance between the partition and the true one."
     labels, names = _canonical(_draws(fit, max_draws, model=model).labels)
     return float(_loss_of_draws(labels, names, partition, loss).mean())
-
 
 # %% ../nbs/07_partition.ipynb #176ed6bc
 def _items(labels):
@@ -568,12 +571,6 @@ def _tally_blocks(labels, match, counts):
             elif match[s, z] >= 0: counts[i, match[s, z]] += 1
             else: counts[i, m + 1] += 1
 
-def _close_up(unit):
-    "Units named 0, 1, ... without gaps; -1 stays."
-    out = np.full(len(unit), -1)
-    out[unit >= 0] = np.unique(unit[unit >= 0], return_inverse=True)[1]
-    return out
-
 class _Matching:
     "Share of misassigned spikes over a set of items, and moves that lower it."
     def __init__(self, rows, w, names): self.rows, self.w, self.names = rows, w, names
@@ -614,7 +611,6 @@ def _least_misassigned(rows, w, names, likeliest):
     name = max(ends, key=lambda k: ends[k][1])
     return ends[name][0], name, {k: float(1 - v[1] / w.sum()) for k, v in ends.items()}
 
-
 # %% ../nbs/07_partition.ipynb #1eb665da
 def _by_size(partition):
     "Blocks named 0, 1, ... by size, ties by first spike."
@@ -623,9 +619,15 @@ def _by_size(partition):
     rank[np.lexsort((first, -size))] = np.arange(len(names))
     return rank[inverse]
 
+def _named(r):
+    "Labels with units 0, 1, ... by size; -1 stays."
+    out = np.full(len(r), -1, np.int64)
+    out[r >= 0] = _by_size(r[r >= 0])
+    return out
+
 def _point(d, loss, seed, starts, max_sweeps=50):
     "Partition (N,) with -1 for no unit, its expected loss, what was tried."
-    if loss not in _losses: raise ValueError(f"loss={loss!r} is unknown; choose one of {', '.join(_losses)}.")
+    _check_loss(loss)
     rng = np.random.default_rng(seed)
     n = d.labels.shape[1]
     labels, _ = _canonical(d.labels)
@@ -639,11 +641,9 @@ def _point(d, loss, seed, starts, max_sweeps=50):
         likeliest = p.argmax(1)[np.unique(item, return_index=True)[1]]
     info = dict(draws=len(labels), items=m)
     if loss == "misassigned":
-        if likeliest is not None: likeliest = np.where(likeliest == d.soft.shape[1], -1, likeliest)
+        if likeliest is not None: likeliest = _without(likeliest, d.soft.shape[1])
         best, name, tried = _least_misassigned(rows, w, names, likeliest)
-        out = best[item]
-        if (out >= 0).any(): out[out >= 0] = _by_size(out[out >= 0])
-        return out.astype(np.int64), tried[name], name, info | dict(starts=tried)
+        return _named(best[item]), tried[name], name, info | dict(starts=tried)
     most = min(2 * names + 3, m)
     n_blocks = min(most + 1, m + 1)
     search = _Search(rows, w, names, n_blocks, _f(loss, n), rng)
@@ -666,9 +666,7 @@ def _point(d, loss, seed, starts, max_sweeps=50):
     none = np.zeros(n_blocks)
     np.add.at(none, best, w * (rows == 0).mean(0))
     none /= np.maximum(np.bincount(best, w, minlength=n_blocks), 1)
-    out = np.where(none[best] > .5, -1, best)[item]
-    if (out >= 0).any(): out[out >= 0] = _by_size(out[out >= 0])
-    return out.astype(np.int64), float(value), name, info | dict(starts={k: v[0] for k, v in tried.items()})
+    return _named(np.where(none[best] > .5, -1, best)[item]), float(value), name, info | dict(starts={k: v[0] for k, v in tried.items()})
 
 # %% ../nbs/07_partition.ipynb #366903c3
 def point_partition(
@@ -711,19 +709,12 @@ def credible_partitions(
     far = lambda among: among[np.argmax(distance[among])]
     picks = dict(horizontal=far(ball), upper=far(ball[units[ball] == units[ball].min()]), lower=far(ball[units[ball] == units[ball].max()]))
     rows = [centre] + [np.where(labels[s] == 0, -1, labels[s]) for s in picks.values()]
-    rows = [np.where(r < 0, -1, 0) if (r < 0).all() else _named(r) for r in rows]
+    rows = [_named(r) for r in rows]
     return xr.Dataset(dict(
         partition=(("bound", "spike"), np.array(rows)), bound_distance=("bound", np.r_[0, distance[list(picks.values())]]),
         n_units=("bound", [len(np.unique(r[r >= 0])) for r in rows]), distance=("sample", distance)),
         coords=dict(bound=["point", *picks], chain=("sample", d.chain), draw=("sample", d.draw)) | d.coords,
         attrs=dict(radius=radius, level=level, loss=loss))
-
-# %% ../nbs/07_partition.ipynb #e3874e52
-def _named(r):
-    "Labels with units 0, 1, ... by size; -1 stays."
-    out = np.full(len(r), -1, np.int64)
-    out[r >= 0] = _by_size(r[r >= 0])
-    return out
 
 # %% ../nbs/07_partition.ipynb #fdfcfc99
 @numba.njit(cache=True)
@@ -941,6 +932,7 @@ def certainty(
     exists, split, merged, shared = np.zeros(m), np.zeros(m), np.zeros((m, m)), np.zeros((m, m))
     for part in _parts(labels, names, m + 1):
         table = _contingency(labels[part], block, names, m + 1, np.ones(n, np.int64))
+        if d.soft is None: _tally_blocks(labels[part], _match_all(table[:, :, :m]), counts)
         total, table = table.sum(2)[:, 1:], table[:, 1:, :m]
         exists += (2 * table > total[:, :, None] + size - table).any(1).sum(0)
         split += ((table > .2 * size).sum(1) >= 2).sum(0)
@@ -948,9 +940,6 @@ def certainty(
         merged += np.einsum("sub,suc->bc", most, most)
         shared += np.einsum("sub,suc->bc", table.astype(float), table)
         shared[np.diag_indices(m)] -= table.sum((0, 1))
-        if d.soft is None:
-            match = np.array([np.r_[-2, _match(t)] for t in table]) if m else np.full((len(part), names), -2)
-            _tally_blocks(labels[part], match, counts)
     S = len(labels)
     pairs = np.outer(size, size).astype(float); pairs[np.diag_indices(m)] -= size
     shared = np.where(pairs > 0, shared / S / np.maximum(pairs, 1), 1.)

@@ -21,7 +21,7 @@ __all__ = ['N_FEATURES', 'WHOLE', 'whitening_filter', 'decorrelate', 'Shapes', '
            'cluster_peaks', 'register']
 
 # %% ../nbs/13_sort.ipynb #39a0d20f
-import argparse, functools, json, os, shutil, sys, time, uuid, warnings
+import argparse, functools, inspect, json, os, shutil, sys, time, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -698,7 +698,6 @@ def default_model(
 # %% ../nbs/13_sort.ipynb #b964120a
 def _model(name, features, truncation, noise_variance=None):
     "A package model of features, its priors from the noise where that is known."
-    import inspect
     from spike_ppl import models
     if name not in models.models: raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(models.models))}.")
     make = models.models[name]
@@ -803,9 +802,9 @@ def _rank(templates):
     return (values > 1e-6 * values.max(1, keepdims=True, initial=1e-12)).sum(1)
 
 def _noise_left(templates, counts):
-    "Expected squared length of the noise in means of `counts` windows (template, time, channel): its degrees of freedom, few where the rank is low, over the count."
+    "Expected squared length of the noise in means of `counts` windows (template, time, channel): its degrees of freedom, few where the rank is low, over the count; and the rank."
     (T, C), rank = templates.shape[1:], _rank(templates)
-    return rank * (T + C - rank) / np.maximum(counts, 1)
+    return rank * (T + C - rank) / np.maximum(counts, 1), rank
 
 def _distances(templates, counts, largest=.5):
     "Distance of templates after the best shift (between samples too) and gain, in noise sd, less what the noise of the means accounts for; and the shift."
@@ -824,7 +823,7 @@ def _distances(templates, counts, largest=.5):
     cosine = np.clip(top / (norm[:, None] * norm[None]), -1, 1)
     lag = cross.max(1).argmax(-1) - reach
     ratio = norm[:, None] / norm[None]
-    noise, rank = _noise_left(templates, counts), _rank(templates)
+    noise, rank = _noise_left(templates, counts)
     noise = noise[:, None] + noise[None]
     lost = np.sqrt(T * C) / np.maximum(counts, 1)      # length of what white noise just hides, squared: a rare unit's mean may lack what a frequent one's shows
     more = np.maximum(rank[None] - rank[:, None], 0)
@@ -852,7 +851,7 @@ def _join_same(templates, counts, closer, gain_sd=.1):
 def _not_sums(templates, counts, before, left=4., part=.12):
     "Rows of templates that are not two others, overlapping at a fixed lag."
     kept = list(range(len(templates)))
-    norm, noise = np.linalg.norm(templates, axis=(1, 2)), _noise_left(templates, counts)
+    norm, (noise, _) = np.linalg.norm(templates, axis=(1, 2)), _noise_left(templates, counts)
     for i in np.argsort(counts, kind="stable"):
         others = [j for j in kept if j != i and counts[j] > counts[i] and norm[j] < 1.05 * norm[i]]
         if len(others) < 2: continue
@@ -867,7 +866,7 @@ def _not_sums(templates, counts, before, left=4., part=.12):
 
 def _window(templates, counts, rate, before, tolerance=3., most=2.4):
     "Samples on either side that templates need so that less than `tolerance` noise sd of any stays outside."
-    T, noise = templates.shape[1], _noise_left(templates, counts)
+    T, (noise, _) = templates.shape[1], _noise_left(templates, counts)
     for ms in (1., 1.2, 1.5, 1.8, 2.1, most):
         w = int(ms * 1e-3 * rate)
         outside = templates.copy(); outside[:, before - w:before + w + 1] = 0
@@ -1961,6 +1960,10 @@ def compare(
         n_truth=len(truth.unit_ids), n_units=len(sorting.unit_ids))
 
 # %% ../nbs/13_sort.ipynb #8b4aedb4
+def _defaults(*names):
+    "Defaults of `sort`: name -> value."
+    return {k: inspect.signature(sort).parameters[k].default for k in names}
+
 @_made("SpikePPLSorter")
 def _sorter():
     from spikeinterface.sorters.basesorter import BaseSorter
@@ -1970,8 +1973,7 @@ def _sorter():
         sorter_name = "spike_ppl"
         requires_locations = True
         compatible_with_parallel = {"loky": True, "multiprocessing": True, "threading": True}
-        _default_params = dict(model=None, method="vb", seed=0, threshold=8., freq_min=300., freq_max=None, truncation=20, rounds=2, motion=True, fewest=25, smallest=5.5, n_jobs=1,
-            in_parts=None, size=24, radius=60.)
+        _default_params = _defaults("model", "method", "seed", "threshold", "freq_min", "freq_max", "truncation", "rounds", "motion", "fewest", "smallest", "n_jobs") | dict(in_parts=None, size=24, radius=60.)
         _params_description = dict(model="name of a model of spike_ppl.models; None: a Dirichlet-process mixture with an outlier component", method="inference: vb, gibbs, nuts or advi",
             seed="of everything random", threshold="of the spikes' energy, in sd of the noise's", freq_min="lower edge of the band, Hz", freq_max="upper edge, Hz; None: 0.45 x sampling rate",
             truncation="most units that the mixture of all spikes may have", rounds="of matching and looking again", motion="join the parts of units that the motion of the tissue along the probe cut in pieces", fewest="spikes that a unit must have",
@@ -2052,7 +2054,7 @@ def cluster_peaks(
     shapes = learn_shapes(white, seed=seed)
     found = find(white, shapes, n_jobs=n_jobs)
     stages = _Stages(False)
-    try: *_, matched, bank, _ = _resolve(white, found, shapes, stages, model, method, seed, n_jobs, truncation, 2, 5.5, 25, {}, leftovers=False)
+    try: *_, matched, bank, _ = _resolve(white, found, shapes, stages, model, method, seed, n_jobs, truncation, **_defaults("rounds", "smallest", "fewest"), options={}, leftovers=False)
     finally: stages.end()
     off = _trough(white, matched, bank)
     when, unit = matched.start + off[matched.template], bank.unit[matched.template]

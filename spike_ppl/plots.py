@@ -178,7 +178,7 @@ class _Layout:
         "Limits, scale bars in a corner, positions in µm."
         x, y = self.xy.T
         pad = .62*self.width
-        low = y.min() - (1.05 if bars else .75)*self.tall
+        low = y.min() - (1.45 if bars else .75)*self.tall                # the bars stand below the deepest trough
         ax.set(xlim=(x.min() - pad, x.max() + pad), ylim=(low, y.max() + 1.02*self.tall), xlabel="x [µm]", ylabel="y [µm]")
         if labels:
             for (a, b), c in zip(self.xy, self.ids): _note(ax, a - .5*self.width, b + .12*self.tall, str(c), fontsize=6, alpha=.8)

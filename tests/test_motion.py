@@ -3,7 +3,11 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from spike_ppl.sort import Drift, Matched, Peaks, Sort, _distances, _equally_rare, _join_moved, _template, estimate_drift, load_sort, make_bank
+from spike_ppl.detection import Peaks, _equally_rare
+from spike_ppl.drift import Drift, estimate_drift, join_moved
+from spike_ppl.matching import Matched, make_bank
+from spike_ppl.sort import Sort, load_sort
+from spike_ppl.templates import mean_template, template_distances
 
 RATE, SECONDS, CHANNELS, WIDTH = 20_000., 20., 12, 41
 
@@ -39,7 +43,7 @@ def joined(where, turns, templates):
     bank = make_bank(mean, WIDTH // 2, 1e-3)
     n = len(start)
     matched = Matched(dict(start=start, template=which, step=np.full(n, 4), gain=np.ones(n, "float32"), score=np.ones(n), probability=np.ones(n), entropy=np.zeros(n), second=np.full(n, -1)), 2)
-    return len(np.unique(_join_moved(recording_of(spikes), matched, bank, drift)))
+    return len(np.unique(join_moved(recording_of(spikes), matched, bank, drift)))
 
 
 def test_a_neuron_that_moves_is_one_unit():
@@ -65,12 +69,12 @@ def test_areas_of_all_sizes_are_exceeded_equally_rarely(freedom):
 def test_the_mean_of_few_spikes_is_freed_of_noise():
     small = template(100., size=2.)
     windows = small + np.random.default_rng(4).normal(size=(100, *small.shape)).astype("float32")
-    off = [float(np.linalg.norm(m - small)) for m in (windows.mean(0), _template(windows))]
+    off = [float(np.linalg.norm(m - small)) for m in (windows.mean(0), mean_template(windows))]
     assert off[1] < .6 * off[0]
-    halves = np.stack([_template(w, np.inf) for w in (windows[::2], windows[1::2])])
-    assert _distances(halves, np.array([50, 50]))[0][0, 1] < 1
+    halves = np.stack([mean_template(w, np.inf) for w in (windows[::2], windows[1::2])])
+    assert template_distances(halves, np.array([50, 50]))[0][0, 1] < 1
     other = np.stack([halves[0], template(130., size=2.)])
-    assert _distances(other, np.array([50, 50]))[0][0, 1] > 3
+    assert template_distances(other, np.array([50, 50]))[0][0, 1] > 3
 
 
 def test_motion_is_not_looked_for_where_it_cannot_be_seen():

@@ -439,14 +439,14 @@ def test_one_compiled_function_serves_all_neighbourhoods(counted):
 def test_few_spikes_need_no_derivation_of_their_own(monkeypatch):
     "A quiet neighbourhood uses what was derived for a busy one."
     from spike_ppl import conjugate
-    from spike_ppl.sort import _fit
+    from spike_ppl.clustering import fit_features
     rng, made = np.random.default_rng(0), []
     init = conjugate._Plan.__init__
     def derived(self, *a, **k): made.append(1); return init(self, *a, **k)
     monkeypatch.setattr(conjugate._Plan, "__init__", derived)
     few, many = (np.concatenate([rng.normal(8 * (i == np.arange(10)), 1., (n, 10)) for i in range(2)]) for n in (30, 300))
-    _fit(many, None, "vb", 0, 20); made.clear()
-    _, z = _fit(few, None, "vb", 0, 20)
+    fit_features(many, None, "vb", 0, 20); made.clear()
+    _, z = fit_features(few, None, "vb", 0, 20)
     assert not made and len(set(z[:30])) == len(set(z[30:])) == 1 and z[0] != z[-1]
 
 

@@ -14,6 +14,7 @@ Modules:
 - `spike_ppl.conjugate`: Gibbs and variational updates read off a PyMC model's own log-probability, by symbolic differentiation and enumeration.
 - `spike_ppl.criticism`: Should I trust this sort? Convergence, predictive checks, comparison, calibration, and a verdict in plain words.
 - `spike_ppl.detection`: The noise of a recording made white over time and channels, spikes found in it by their energy, and windows cut at times between samples.
+- `spike_ppl.drift`: How far the tissue has moved along the probe, and which templates are one neuron seen from different depths.
 - `spike_ppl.experiments`: Keep fits, list them, compare them, and get them back in another process exactly as they were.
 - `spike_ppl.explore`: The figures of this package, to move through: the recording, the units, the fits and the model itself, with sliders.
 - `spike_ppl.gibbs`: Sweeps over all variables, exact steps that split and merge units, and the same sweep as a step method of PyMC's own.

@@ -74,7 +74,16 @@ def known_models():
 METHODS = ("vb", "gibbs", "nuts", "advi")
 
 # %% ../nbs/12e_clustering.ipynb #a754429b
-def fit_features(features, model, method, seed, truncation, labels=None, progressbar=False, **options):
+def fit_features(
+    features, # (spike, feature), noise variance 1
+    model, # None: `default_model`; name of a package model; or a function features -> pm.Model
+    method, # of `inference.fit`
+    seed, # of everything random
+    truncation, # most units
+    labels=None, # not used
+    progressbar=False, # show how far it is
+    **options, # of `inference.fit`
+): # DataTree and (spike,) int
     "Fit a model to features; returns the fit and each spike's unit (-1: outlier)."
     from spike_ppl.inference import fit as infer, predict
     with model_lock:   # neighbourhoods may be sorted on several threads
@@ -276,7 +285,12 @@ class Stages:
         self.bar = None
 
 # %% ../nbs/12e_clustering.ipynb #e744a864
-def bank_of(units, before, rate, seconds):
+def bank_of(
+    units, # `Units`
+    before, # samples before the spike's time in their templates
+    rate, # sampling rate, Hz
+    seconds, # of the recording
+): # Bank
     "Matching bank of units; firing rates as counted, half a spike per second at least."
     hz = np.maximum(units.counts / max(seconds, 1e-9), .5)
     return make_bank(units.templates, before, hz / rate, unit=units.unit)
@@ -288,7 +302,23 @@ def _kept(units, rows):
     return Units(units.templates[rows], unit, units.counts[rows], units.judged[rows])
 
 # %% ../nbs/12e_clustering.ipynb #fe9d2b20
-def resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options, leftovers=True, drift=None):
+def resolve(
+    white, # decorrelated recording
+    peaks, # `Peaks` found in it
+    shapes, # `Shapes` they were found with
+    stages, # `Stages` that note the times
+    model, # this and what follows as in `sort`
+    method, # of `inference.fit`
+    seed, # of everything random
+    n_jobs, # threads
+    truncation, # most units of an area
+    rounds, # of matching and looking again
+    smallest, # length of a unit's template, noise sd
+    fewest, # spikes that a unit must have
+    options, # of `inference.fit`, a dict
+    leftovers=True, # look for spikes of no unit
+    drift=None, # `Drift`, if any was seen
+): # fits of the areas (fit, features, rows of the peaks), `Matched`, `Bank`, and what `left_over` says or None
     "Cluster, match, look again, match: the units of a decorrelated recording."
     rate, n_total = white.get_sampling_frequency(), white.get_num_samples(0)
     seconds = n_total / rate

@@ -77,7 +77,16 @@ def estimate_drift(
     return drift if min(h.std() for h in halves) > 0 and np.corrcoef(*halves)[0, 1] > agree else None
 
 # %% ../nbs/12d_drift.ipynb #e92b7f46
-def join_moved(recording, matched, bank, drift, overlap=.3, closer=.3, least=3., edge=25):
+def join_moved(
+    recording, # decorrelated recording
+    matched, # `Matched` spikes
+    bank, # the `Bank` they were matched with
+    drift, # `Drift` of the tissue
+    overlap=.3, # part of the spikes of the two that may be on the wrong side of the displacement
+    closer=.3, # distance at which they hand over, as a part of the smaller one's length
+    least=3., # or this one, noise sd
+    edge=25, # spikes of each, nearest to the displacement
+): # (template,) int
     "Unit of each template, where those that take turns as the tissue moves, and hand over to each other, are one."
     from itertools import combinations
     from scipy.sparse.csgraph import connected_components

@@ -322,7 +322,13 @@ def match(
         score=found["score"], probability=found["probability"], entropy=found["entropy"], second=found["second"]), len(bank.templates))
 
 # %% ../nbs/12c_matching.ipynb #0d9ccd59
-def not_sums(templates, counts, before, left=4., part=.12):
+def not_sums(
+    templates, # (template, time, channel)
+    counts, # spikes in each mean (template,)
+    before, # samples before the spike's time in them
+    left=4., # noise sd that may be left of a sum
+    part=.12, # or this part of its length
+): # (kept,) int
     "Rows of templates that are not two others, overlapping at a fixed lag."
     kept = list(range(len(templates)))
     norm, (noise, _) = np.linalg.norm(templates, axis=(1, 2)), noise_left(templates, counts)
@@ -339,7 +345,14 @@ def not_sums(templates, counts, before, left=4., part=.12):
     return np.array(kept, int)
 
 # %% ../nbs/12c_matching.ipynb #21637751
-def echoes(matched, bank, rate, part=.5, within=.004, tolerance=.00025):
+def echoes(
+    matched, # `Matched` spikes
+    bank, # the `Bank` they were matched with
+    rate, # sampling rate, Hz
+    part=.5, # of its spikes that stand at the lag, at least
+    within=.004, # s; largest lag
+    tolerance=.00025, # s; of the lag, on either side
+): # list of templates
     "Templates whose spikes mostly stand at one fixed lag from those of a larger unit: what is left of it, not a neuron."
     K, norm = matched.n_templates, np.sqrt((bank.templates**2).sum((1, 2)))
     times = [np.sort(matched.start[matched.template == k]) for k in range(K)]
@@ -357,13 +370,27 @@ def echoes(matched, bank, rate, part=.5, within=.004, tolerance=.00025):
     return bad
 
 # %% ../nbs/12c_matching.ipynb #7c541068
-def centred_spikes(recording, matched, bank, rows, lag, pad=8):
+def centred_spikes(
+    recording, # decorrelated recording
+    matched, # `Matched` spikes
+    bank, # the `Bank` they were matched with
+    rows, # which of them (spike,)
+    lag, # samples later (spike,)
+    pad=8, # samples on either side that a move may use
+): # (spike, time, channel)
     "Windows of matched spikes with all others subtracted, moved to their template's time plus `lag` samples (spike)."
     T = bank.templates.shape[2]
     return cut_at(recording, matched.start[rows] + lag, bank.shifts[matched.step[rows]], 0, T - 1, (matched, bank, rows), pad)
 
 # %% ../nbs/12c_matching.ipynb #3d913ee1
-def cleaned_templates(recording, matched, bank, seed, most=2500, fewest=12):
+def cleaned_templates(
+    recording, # decorrelated recording
+    matched, # `Matched` spikes
+    bank, # the `Bank` they were matched with
+    seed, # of the choice of spikes
+    most=2500, # spikes for one template
+    fewest=12, # with fewer the template stays as it was
+): # (template, time, channel)
     "Templates from matched spikes with all others subtracted."
     out, T, n_total = bank.templates.transpose(0, 2, 1).copy(), bank.templates.shape[2], recording.get_num_samples(0)
     rng = np.random.default_rng(seed)
@@ -374,7 +401,12 @@ def cleaned_templates(recording, matched, bank, seed, most=2500, fewest=12):
     return out
 
 # %% ../nbs/12c_matching.ipynb #9ec3532c
-def samples_to_trough(recording, matched, bank, most=500):
+def samples_to_trough(
+    recording, # standardised recording
+    matched, # `Matched` spikes
+    bank, # the `Bank` they were matched with
+    most=500, # spikes to average
+): # (template,) int
     "Samples from a template's start to the trough of its unit on the unit's main channel, in the standardised recording (template,)."
     rate, T = recording.get_sampling_frequency(), bank.templates.shape[2]
     n_total, pad = recording.get_num_samples(0), T // 2
@@ -388,7 +420,15 @@ def samples_to_trough(recording, matched, bank, most=500):
     return out
 
 # %% ../nbs/12c_matching.ipynb #804ec99f
-def left_over(white, shapes, matched, bank, rate, n_jobs, threshold=12.):
+def left_over(
+    white, # decorrelated recording
+    shapes, # `Shapes` to look for
+    matched, # `Matched` spikes
+    bank, # the `Bank` they were matched with
+    rate, # sampling rate, Hz
+    n_jobs, # threads
+    threshold=12., # of `find`
+): # `Peaks` and (spike,)
     "Peaks of what matching leaves over, and the probability that each is of no unit."
     peaks = find(white, shapes, threshold=threshold, subtract=(matched, bank), n_jobs=n_jobs)
     n_total, T = white.get_num_samples(0), bank.templates.shape[2]

@@ -16,7 +16,10 @@ import numpy as np
 from .detection import cut_at
 
 # %% ../nbs/12b_templates.ipynb #f5e71888
-def residual_power(w, template):
+def residual_power(
+    w, # windows (spike, time, channel)
+    template, # (time, channel)
+): # (spike,) and (spike,)
     "Gain of each window (spike, time, channel) along a template, and the mean square of what is left."
     g = np.einsum("ntc,tc->n", w, template) / max(float((template**2).sum()), 1e-12)
     return g, ((w - g[:, None, None] * template)**2).mean((1, 2))
@@ -33,7 +36,10 @@ def _shrunk(mean, n):
     return ((u * s) @ v).astype(mean.dtype)
 
 # %% ../nbs/12b_templates.ipynb #0b7a512c
-def mean_template(w, most=1.4):
+def mean_template(
+    w, # windows (spike, time, channel)
+    most=1.4, # largest mean square that may be left of the middle spike; white noise leaves 1
+): # (time, channel), or None
     "Mean of the windows that are not outlying, freed of noise, or None if what they share is not all there is in them."
     m = np.median(w[::max(1, len(w) // 100)], 0)   # of so many, the median is sure enough to tell who is outlying
     _, left = residual_power(w, m)
@@ -43,7 +49,10 @@ def mean_template(w, most=1.4):
     return _shrunk(w[like].mean(0), like.sum())
 
 # %% ../nbs/12b_templates.ipynb #f968c529
-def delayed(templates, shifts):
+def delayed(
+    templates, # (template, channel, time)
+    shifts, # fractions of a sample (shift,)
+): # (template, shift, channel, time)
     "(template, shift, channel, time): templates (template, channel, time) moved later by fractions of a sample."
     T = templates.shape[2]
     n = 2 * T
@@ -52,7 +61,10 @@ def delayed(templates, shifts):
     return np.fft.irfft(spectrum[:, None] * turn[None, :, None], n, axis=3)[..., :T].astype("float32")
 
 # %% ../nbs/12b_templates.ipynb #b71d5c2f
-def cross_responses(shifted, templates):
+def cross_responses(
+    shifted, # (template, shift, channel, time)
+    templates, # (template, channel, time)
+): # (template, shift, template, lag)
     "Response of every template to every shifted one, by lag from -(T-1) to T-1."
     K, J, C, T = shifted.shape
     from scipy import fft
@@ -73,13 +85,20 @@ def _rank(templates):
     return (values > 1e-6 * values.max(1, keepdims=True, initial=1e-12)).sum(1)
 
 # %% ../nbs/12b_templates.ipynb #4fc60877
-def noise_left(templates, counts):
+def noise_left(
+    templates, # (template, time, channel)
+    counts, # spikes in each mean (template,)
+): # (template,) and (template,)
     "Expected squared length of the noise in means of `counts` windows (template, time, channel): its degrees of freedom, few where the rank is low, over the count; and the rank."
     (T, C), rank = templates.shape[1:], _rank(templates)
     return rank * (T + C - rank) / np.maximum(counts, 1), rank
 
 # %% ../nbs/12b_templates.ipynb #2fb22e97
-def template_distances(templates, counts, largest=.5):
+def template_distances(
+    templates, # (template, time, channel)
+    counts, # spikes in each mean (template,)
+    largest=.5, # shift tried, as a part of their length
+): # (template, template) in noise sd, and in samples
     "Distance of templates after the best shift (between samples too) and gain, in noise sd, less what the noise of the means accounts for; and the shift."
     K, T, C = templates.shape
     x = np.ascontiguousarray(templates.transpose(0, 2, 1)).astype("float32")
@@ -107,7 +126,12 @@ def template_distances(templates, counts, largest=.5):
     return np.minimum(d, d.T), lag
 
 # %% ../nbs/12b_templates.ipynb #119ccfe1
-def join_same(templates, counts, closer, gain_sd=.1):
+def join_same(
+    templates, # (template, time, channel)
+    counts, # spikes in each mean (template,)
+    closer, # noise sd
+    gain_sd=.1, # spread of the gain from spike to spike
+): # (kept,) int and (kept,)
     "Keep one of each set of templates that differ, in shape and size, by less than `closer` times what noise and gain spread single spikes of one; returns the rows kept and their counts."
     kept, counts = list(range(len(templates))), np.asarray(counts, float).copy()
     d, _ = template_distances(templates, counts) if len(kept) > 1 else (np.full((1, 1), np.inf), None)
@@ -123,7 +147,14 @@ def join_same(templates, counts, closer, gain_sd=.1):
         kept.remove(small)
 
 # %% ../nbs/12b_templates.ipynb #08d18d2d
-def half_window(templates, counts, rate, before, tolerance=3., most=2.4):
+def half_window(
+    templates, # (template, time, channel), longer than needed
+    counts, # spikes in each mean (template,)
+    rate, # sampling rate, Hz
+    before, # samples before the spike's time in them
+    tolerance=3., # noise sd
+    most=2.4, # ms
+): # samples
     "Samples on either side that templates need so that less than `tolerance` noise sd of any stays outside."
     T, (noise, _) = templates.shape[1], noise_left(templates, counts)
     for ms in (1., 1.2, 1.5, 1.8, 2.1, most):
@@ -134,7 +165,13 @@ def half_window(templates, counts, rate, before, tolerance=3., most=2.4):
     return w
 
 # %% ../nbs/12b_templates.ipynb #5bbc72c2
-def mean_spike(recording, times, half, steps=8, pad=8):
+def mean_spike(
+    recording, # decorrelated recording
+    times, # nearest samples (spike,)
+    half, # samples before and after
+    steps=8, # in a sample
+    pad=8, # samples on either side that a move may use
+): # (time, channel)
     "Mean window of spikes at times that are only known to the sample: each is moved to where it agrees best with the mean."
     w = cut_at(recording, times, np.zeros(len(times)), half + pad, half + pad)
     from scipy import fft

@@ -16,7 +16,7 @@ import numpy as np
 
 # %% ../nbs/12e_clustering.ipynb #ab762199
 from .recording import RecordingError
-from .scale import model_lock, _clock
+from .scale import model_lock, cpu_clock
 from .detection import Peaks, cut_at, find
 from .templates import half_window, join_same, mean_template, residual_power, template_distances
 from .matching import centred_spikes, echoes, left_over, make_bank, match, not_sums
@@ -80,12 +80,11 @@ def fit_features(
     method, # of `inference.fit`
     seed, # of everything random
     truncation, # most units
-    labels=None, # not used
     progressbar=False, # show how far it is
     **options, # of `inference.fit`
 ): # DataTree and (spike,) int
     "Fit a model to features; returns the fit and each spike's unit (-1: outlier)."
-    from spike_ppl.inference import fit as infer, predict
+    from spike_ppl.inference import fit as infer
     with model_lock:   # neighbourhoods may be sorted on several threads
         if model is None: built = default_model(features, truncation, 1.)
         elif isinstance(model, str): built = _model(model, features, truncation, 1.)
@@ -273,13 +272,13 @@ class Stages:
     def begin(self, name, total=1):
         self.end()
         from tqdm.auto import tqdm
-        self.name, self.t0 = name, (time.perf_counter(), _clock())
+        self.name, self.t0 = name, (time.perf_counter(), cpu_clock())
         self.bar = tqdm(total=total, desc=f"{name:<22s}", disable=not self.show, file=sys.stderr, bar_format="{desc} {percentage:3.0f}%|{bar:28}| {elapsed}", leave=True, dynamic_ncols=False)
         return self.bar
     def end(self):
         if self.bar is None: return
         self.bar.update(self.bar.total - self.bar.n); self.bar.close()
-        wall, cpu = time.perf_counter() - self.t0[0], _clock() - self.t0[1]
+        wall, cpu = time.perf_counter() - self.t0[0], cpu_clock() - self.t0[1]
         old = self.times.get(self.name, dict(wall=0., cpu=0.))
         self.times[self.name] = dict(wall=round(old["wall"] + wall, 3), cpu=round(old["cpu"] + cpu, 3))
         self.bar = None

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 # %% ../nbs/12a_detection.ipynb #6d97f511
-from .recording import RecordingError, _stretches
+from .recording import RecordingError, spread_stretches
 
 # %% ../nbs/12a_detection.ipynb #ef42ce72
 def _spike_free(x, threshold, guard):
@@ -44,7 +44,7 @@ def whitening_filter(
     piece, guard = 4 * lags, int(1e-3 * rate)
     pieces = {}
     from scipy import fft
-    for start, stop in _stretches(n_samples, int(rate), max(1, int(seconds)), seed):
+    for start, stop in spread_stretches(n_samples, int(rate), max(1, int(seconds)), seed):
         x = np.asarray(recording.get_traces(start_frame=start, end_frame=stop), "float32")
         for level in (threshold, 1.5 * threshold, np.inf):
             free = np.flatnonzero(np.diff(np.r_[0, _spike_free(x, level, guard), 0]))
@@ -189,7 +189,7 @@ def learn_shapes(
     rate = recording.get_sampling_frequency()
     w = int(half * 1e-3 * rate)
     found = []
-    for start, stop in _stretches(recording.get_num_samples(0), int(rate), int(seconds), seed):
+    for start, stop in spread_stretches(recording.get_num_samples(0), int(rate), int(seconds), seed):
         x = recording.get_traces(start_frame=start, end_frame=stop)
         size = np.abs(x)
         top = size.max(1)

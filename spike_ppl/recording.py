@@ -73,15 +73,15 @@ def check_positions(
     "Positions as float array; raises `RecordingError` if one is not finite or two channels share one."
     xy = np.asarray(xy, dtype=float)
     bad = np.flatnonzero(~np.isfinite(xy).all(1))
-    if len(bad): raise RecordingError(f"The {source} has non-finite positions for channels {_some(bad)}. Every channel needs finite x and y in µm.")
+    if len(bad): raise RecordingError(f"The {source} has non-finite positions for channels {first_few(bad)}. Every channel needs finite x and y in µm.")
     _, first, inverse, counts = np.unique(xy, axis=0, return_index=True, return_inverse=True, return_counts=True)
     if (counts > 1).any():
         same = np.flatnonzero(inverse.ravel() == np.flatnonzero(counts > 1)[0])
-        raise RecordingError(f"In the {source}, channels {_some(same)} share the position {tuple(xy[same[0]].tolist())}. Every channel needs its own; correct the file or leave the duplicate channels out.")
+        raise RecordingError(f"In the {source}, channels {first_few(same)} share the position {tuple(xy[same[0]].tolist())}. Every channel needs its own; correct the file or leave the duplicate channels out.")
     return xy
 
 # %% ../nbs/01_recording.ipynb #72c918f3
-def _some(items, n=8):
+def first_few(items, n=8):
     "The first items, for a message."
     items = [str(i) for i in items]
     return ", ".join(items[:n]) + (f" and {len(items) - n} more" if len(items) > n else "")
@@ -143,7 +143,7 @@ def check_recording(
     constant = low == high
     if constant.all(): raise RecordingError(f"All {n_channels} channels are constant: there is no signal to sort. Check dtype, number of channels and the file itself.")
     if constant.any():
-        warnings.warn(f"Channels {_some(recording.channel_ids[constant])} are constant and are left out ({(~constant).sum()} channels remain).", RecordingWarning, stacklevel=2)
+        warnings.warn(f"Channels {first_few(recording.channel_ids[constant])} are constant and are left out ({(~constant).sum()} channels remain).", RecordingWarning, stacklevel=2)
         recording = recording.select_channels(recording.channel_ids[~constant])
     if recording.has_probe(): check_positions(recording.get_channel_locations(), "probe")
     return recording
@@ -268,7 +268,7 @@ def _kind_of_hdf5(path):
     if "3BRecInfo" in keys: return "biocam"
     if "Data" in keys: return "mcsh5"
     if "acquisition" in keys: return "nwb"
-    raise RecordingError(f"{str(path)!r} is an HDF5 file of unknown layout (groups {_some(sorted(keys))}). Name its reader: reader='mearec', 'maxwell', 'mcsh5', 'biocam' or 'nwb'.")
+    raise RecordingError(f"{str(path)!r} is an HDF5 file of unknown layout (groups {first_few(sorted(keys))}). Name its reader: reader='mearec', 'maxwell', 'mcsh5', 'biocam' or 'nwb'.")
 
 # %% ../nbs/01_recording.ipynb #36f36902
 def _open_flat(path, sampling_rate, dtype, n_channels, probe, time_axis, offset, gain, **how):
@@ -286,7 +286,7 @@ def _open_flat(path, sampling_rate, dtype, n_channels, probe, time_axis, offset,
     frame = n_channels * dtype.itemsize
     if size % frame:
         fits = [n for n in range(1, 65) if size % (n * dtype.itemsize) == 0 and n != n_channels][-5:]
-        raise RecordingError(f"{str(path)!r} holds {size} bytes, not a whole number of samples of {n_channels} channels x {dtype.itemsize} bytes ({dtype}): {size % frame} bytes are left over. Check n_channels, dtype and offset" + (f" (numbers of channels that would fit: {_some(fits)})." if fits else "."))
+        raise RecordingError(f"{str(path)!r} holds {size} bytes, not a whole number of samples of {n_channels} channels x {dtype.itemsize} bytes ({dtype}): {size % frame} bytes are left over. Check n_channels, dtype and offset" + (f" (numbers of channels that would fit: {first_few(fits)})." if fits else "."))
     _check_dtype(path, dtype, offset, size)
     return BinaryRecordingExtractor([path], sampling_frequency=float(sampling_rate), dtype=dtype.str, num_channels=n_channels, time_axis=time_axis,
         file_offset=offset, gain_to_uV=gain, offset_to_uV=None if gain is None else 0., **how)
@@ -336,7 +336,7 @@ def _open_format(path, kind, **how):
         metas = sorted(at.rglob("*.meta")) if not path.is_file() else [path.with_suffix(".meta")]
         streams = sorted({".".join(m.name.split(".")[-3:-1]) for m in metas})
         ap = [s for s in streams if s.endswith("ap")]
-        if len(ap or streams) != 1: raise RecordingError(f"{str(path)!r} holds several streams ({_some(ap or streams)}); choose one with stream_id=...")
+        if len(ap or streams) != 1: raise RecordingError(f"{str(path)!r} holds several streams ({first_few(ap or streams)}); choose one with stream_id=...")
         how = dict(how, stream_id=(ap or streams)[0])
     if name == "intan" and "stream_id" not in how and "stream_name" not in how: how = dict(how, stream_id="0")  # the amplifiers, not auxiliary inputs
     try: return readers[name](at, **how)
@@ -444,12 +444,12 @@ def standardise(
     filtered = bandpass_filter(recording, freq_min=freq_min, freq_max=freq_max, filter_order=3, ftype="butter", filter_mode="sos",
         direction="forward-backward", margin_ms=6000. / freq_min, dtype="float32", ignore_low_freq_error=True)
     n = int(chunk_duration * rate)
-    picks = _stretches(recording.get_num_samples(0), n, n_chunks, seed)
+    picks = spread_stretches(recording.get_num_samples(0), n, n_chunks, seed)
     x = np.concatenate([filtered.get_traces(start_frame=a, end_frame=b) for a, b in picks])
     median = np.median(x, axis=0)
     sd = np.median(np.abs(x - median), axis=0) / .6744897501960817
     if not (sd > 0).all():
-        raise RecordingError(f"Channels {_some(recording.channel_ids[~(sd > 0)])} are silent in most of the recording, so they have no noise to scale by. Leave them out (`check_recording` does it if they are constant throughout).")
+        raise RecordingError(f"Channels {first_few(recording.channel_ids[~(sd > 0)])} are silent in most of the recording, so they have no noise to scale by. Leave them out (`check_recording` does it if they are constant throughout).")
     out = zscore(filtered, mode="median+mad", gain=1 / sd, offset=-median / sd, dtype="float32")
     if whiten: out = whitening(out, dtype="float32", W=_whitening((x - median) / sd, recording.get_channel_locations(), int(5e-4 * rate)).astype("float32"))
     out.annotate(standardised=True, whitened=bool(whiten))
@@ -474,7 +474,7 @@ def _whitening(x, xy, guard, threshold=4., radius=150.):
     return w
 
 # %% ../nbs/01_recording.ipynb #a0c7dd93
-def _stretches(n_samples, size, n, seed):
+def spread_stretches(n_samples, size, n, seed):
     "`n` stretches (start, stop) of `size` samples, spread at random, one in each n-th of the recording; all of it if it is short."
     if n_samples <= n * size: return [(a, min(n_samples, a + size)) for a in range(0, n_samples, size)]
     rng = np.random.default_rng([seed, 61])

@@ -15,9 +15,9 @@ The same call runs on a laptop and on a cluster, and gives the same result."""
 
 # %% auto #0
 __all__ = ['model_lock', 'Neighbourhood', 'neighbourhoods', 'Found', 'save_found', 'load_found', 'Labelled', 'cluster_part',
-           'part_seed', 'PartJob', 'templates_of', 'JobFailed', 'run_jobs', 'coincidences', 'same_unit', 'Merged',
-           'merge', 'LastTask', 'last_tasks', 'after_last_pass', 'sort_in_parts', 'share_of', 'missing_parts',
-           'MissingParts', 'portable', 'job_key']
+           'part_seed', 'cpu_clock', 'use_since', 'PartJob', 'templates_of', 'JobFailed', 'run_jobs', 'coincidences',
+           'same_unit', 'Merged', 'merge', 'LastTask', 'last_tasks', 'after_last_pass', 'sort_in_parts', 'share_of',
+           'missing_parts', 'MissingParts', 'portable', 'job_key']
 
 # %% ../nbs/12_scale.ipynb #54d3f4da
 import json, os, shutil, sys, tempfile, threading, time, uuid
@@ -191,7 +191,7 @@ def part_seed(
     "The seed of one neighbourhood."
     return int(np.random.SeedSequence([int(seed), int(index)]).generate_state(1)[0] % 2**31)
 
-def _clock():
+def cpu_clock():
     "CPU seconds of this process, or of this thread where it is one of several."
     return time.process_time() if threading.current_thread() is threading.main_thread() else time.thread_time()
 
@@ -202,9 +202,9 @@ def _peak_memory():
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-def _use(since, clock, **more):
+def use_since(since, clock, **more):
     "Wall and CPU seconds since then, and the largest memory of the process so far."
-    return dict(wall=round(time.perf_counter() - since, 3), cpu=round(_clock() - clock, 3), peak_memory=_peak_memory(), **more)
+    return dict(wall=round(time.perf_counter() - since, 3), cpu=round(cpu_clock() - clock, 3), peak_memory=_peak_memory(), **more)
 
 # %% ../nbs/12_scale.ipynb #1c24e9b6
 class PartJob:
@@ -219,7 +219,7 @@ class PartJob:
     ): self.recording, self.sort, self.seed, self.last, self.fits, self.options = recording, sort, int(seed), last, fits, options
 
     def __call__(self, part:Neighbourhood)->Found:
-        t0, c0 = time.perf_counter(), _clock()
+        t0, c0 = time.perf_counter(), cpu_clock()
         recording, seed = self.recording.select_channels(list(part.channels)), part_seed(self.seed, part.index)
         rate, n_samples = float(recording.get_sampling_frequency()), int(recording.get_num_samples(0))
         import inspect
@@ -240,7 +240,7 @@ class PartJob:
         fit = getattr(result, "fit", None)
         if self.fits and fit is not None: _write_whole(Path(self.fits)/f"part_{part.index:05d}.nc", lambda f: f.write(_netcdf(fit)))
         order = np.argsort(labels["sample_index"].values, kind="stable")
-        info = _use(t0, c0, neighbourhood=part.index, channels=len(part.channels), spikes=int(labels.size), units=len(units), timings=getattr(result, "timings", None) or {})
+        info = use_since(t0, c0, neighbourhood=part.index, channels=len(part.channels), spikes=int(labels.size), units=len(units), timings=getattr(result, "timings", None) or {})
         learned = getattr(result, "learned", None) or {} if self.last else {}
         return Found(part, labels["sample_index"].values[order].astype("int64"), labels.values[order].astype("int64"), labels["probability"].values[order].astype(float),
             labels["entropy"].values[order].astype(float), np.asarray(labels["peak_channel"].values)[order], units, templates, n_averaged, rate, n_samples, json.loads(json.dumps(info, default=str)), learned)

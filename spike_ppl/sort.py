@@ -23,7 +23,7 @@ import numpy as np
 
 # %% ../nbs/13_sort.ipynb #cbf8cc8b
 from .recording import RecordingError, standardise, open_recording, demo_recording, hold
-from .scale import MissingParts, missing_parts, neighbourhoods, part_seed, share_of, sort_in_parts, Found, templates_of, _clock, _use
+from .scale import MissingParts, missing_parts, neighbourhoods, part_seed, share_of, sort_in_parts, Found, templates_of, cpu_clock, use_since
 from .detection import Peaks, Shapes, attributes_of, cut_at, decorrelate, find, learn_shapes, made_classes, made_when_asked, whitening_filter
 from .templates import half_window, mean_spike
 from .matching import Bank, Matched, cleaned_templates, left_over, make_bank, match, samples_to_trough
@@ -213,7 +213,7 @@ def _labels(standard, white, matched, bank, left, rate):
 # %% ../nbs/13_sort.ipynb #352e7ff8
 def _waveforms(recording, standard, labels, memory, seed):
     "Waveforms of the labelled spikes in the standardised recording, with `clear` from the spikes' own times."
-    from spike_ppl.waveforms import cut, _crowded, neighbour_radius
+    from spike_ppl.waveforms import cut, crowded, neighbour_radius
     rate, n = standard.get_sampling_frequency(), standard.get_num_samples(0)
     half = int(round(.75e-3 * rate))
     t = labels["sample_index"].values
@@ -223,8 +223,8 @@ def _waveforms(recording, standard, labels, memory, seed):
     w = cut(standard, t[rows], labels["peak_channel"].values[rows], align=False, clear=False)
     xy = standard.get_channel_locations()
     near = np.linalg.norm(xy[:, None] - xy[None], axis=-1) <= neighbour_radius(standard)
-    crowded = _crowded(t, standard.ids_to_indices(list(labels["peak_channel"].values)), near, half)
-    return w.assign_coords(clear=("spike", ~crowded[rows]))
+    dense = crowded(t, standard.ids_to_indices(list(labels["peak_channel"].values)), near, half)
+    return w.assign_coords(clear=("spike", ~dense[rows]))
 
 # %% ../nbs/13_sort.ipynb #529d89fc
 class LastPass:
@@ -236,7 +236,7 @@ class LastPass:
     ): self.recording, self.seed, self.options = recording, int(seed), options
 
     def __call__(self, task)->Found:
-        t0, c0 = time.perf_counter(), _clock()
+        t0, c0 = time.perf_counter(), cpu_clock()
         o = dict(freq_min=300., freq_max=None, fewest=25, memory=4e9, n_jobs=1) | self.options
         recording, seed = self.recording.select_channels(list(task.part.channels)), part_seed(self.seed, task.index)
         rate, n_total = float(recording.get_sampling_frequency()), int(recording.get_num_samples(0))
@@ -298,7 +298,7 @@ class LastPass:
         t, z, p, h, c = columns
         unit = np.where(z >= 0, task.units[z], -1) if len(task.units) else z
         ids = np.unique(unit[unit >= 0])
-        return Found(task.part, t.astype("int64"), unit.astype("int64"), p, h, c, ids, mean, n, rate, n_total, _use(t0, c0, neighbourhood=task.index, channels=len(task.part.channels), spikes=len(t), units=len(ids), timings=times))
+        return Found(task.part, t.astype("int64"), unit.astype("int64"), p, h, c, ids, mean, n, rate, n_total, use_since(t0, c0, neighbourhood=task.index, channels=len(task.part.channels), spikes=len(t), units=len(ids), timings=times))
 
 sort.last_pass = LastPass
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np, xarray as xr
 
-from .recording import RecordingError, history, _some, _stretches
+from .recording import RecordingError, history, first_few, spread_stretches
 
 # %% ../nbs/02_waveforms.ipynb #1cb0f3af
 def neighbour_radius(
@@ -40,7 +40,7 @@ def _noise_sd(recording, seed=0):
     "Noise sd per channel: 1 for a standardised recording, else estimated from seeded stretches."
     if recording.get_annotation("standardised") and not recording.get_annotation("whitened"): return np.ones(recording.get_num_channels())
     rate, n = recording.get_sampling_frequency(), recording.get_num_samples(0)
-    x = np.concatenate([recording.get_traces(start_frame=a, end_frame=b) for a, b in _stretches(n, int(.5 * rate), 20, seed)])
+    x = np.concatenate([recording.get_traces(start_frame=a, end_frame=b) for a, b in spread_stretches(n, int(.5 * rate), 20, seed)])
     return np.median(np.abs(x - np.median(x, 0)), 0) / .6744897501960817
 
 # %% ../nbs/02_waveforms.ipynb #8183d1f6
@@ -282,7 +282,7 @@ def clear_spikes(
     near = d <= radius
     peak = {c: i for i, c in enumerate(w["channel"].values.tolist())}
     peak = np.array([peak[c] for c in w["peak_channel"].values.tolist()])
-    alone = ~_crowded(w["sample_index"].values, peak, near, max(w.attrs["sample_before"], w.attrs["sample_after"]))
+    alone = ~crowded(w["sample_index"].values, peak, near, max(w.attrs["sample_before"], w.attrs["sample_after"]))
     def distances(rows):
         distance, size = np.zeros(len(rows)), np.zeros(len(rows))
         for c in np.unique(peak[rows]):
@@ -304,7 +304,7 @@ def clear_spikes(
     return alone & (z <= limit)
 
 # %% ../nbs/02_waveforms.ipynb #02e39497
-def _crowded(index, peak, near, window):
+def crowded(index, peak, near, window):
     "True where another spike stands within `window` samples on a neighbouring channel."
     order = np.argsort(index, kind="stable")
     t, p = index[order], peak[order]
@@ -383,7 +383,7 @@ def noise_covariance(
     index = np.sort(index)
     c = len(ids)
     total, count = np.zeros((width, c, c)), np.zeros(width)
-    for a, b in _stretches(n, int(min(1., max_duration) * rate), max(1, int(max_duration)), seed):
+    for a, b in spread_stretches(n, int(min(1., max_duration) * rate), max(1, int(max_duration)), seed):
         free = np.ones(b - a, bool)
         for t in index[np.searchsorted(index, a - guard - after):np.searchsorted(index, b + guard + before)] - a:
             free[max(0, t - before - guard):max(0, t + after + guard + 1)] = False

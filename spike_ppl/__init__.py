@@ -16,6 +16,7 @@ Modules:
 - `spike_ppl.explore`: The figures of this package, to move through: the recording, the units, the fits and the model itself, with sliders.
 - `spike_ppl.gibbs`: Sweeps over all variables, exact steps that split and merge units, and the same sweep as a step method of PyMC's own.
 - `spike_ppl.inference`: Gibbs sampling, variational Bayes, split and merge moves, NUTS and ADVI for any mixture written in PyMC, behind one door: `fit`.
+- `spike_ppl.losses`: How far two ways of grouping the same spikes are apart, and the search for the one that is nearest to many.
 - `spike_ppl.models`: Mixture models of spikes, written in PyMC so that they can be read, changed and criticised.
 - `spike_ppl.partition`: Which spikes belong together, how many units there are, and how sure the posterior is of both.
 - `spike_ppl.passes`: Everything that inference asks of the data, in one pass that holds little memory and gives the same bits on any number of threads; and a partition to start from.

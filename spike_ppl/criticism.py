@@ -2,10 +2,10 @@
 
 A fit always returns something. This chapter and the four before it ask whether to believe it, in the order in which a doubt should arise:
 
-1. Did the algorithm find the posterior at all? [`convergence`](08a_convergence.ipynb)
-2. Would data simulated from the posterior look like the recording? [`ppc`](08b_predictive.ipynb), before that `prior_check`; and what do the templates leave over? `residuals`
-3. How well does it predict, and against other models? [`log_likelihood`, `mean_squared_error`, `loo`, `compare`](08c_comparison.ipynb), and how much did the prior say? `prior_sensitivity`
-4. When it says 90 %, is it right nine times in ten? [`calibration`, `recovery`](08d_ground_truth.ipynb), where the truth is known
+1. Did the algorithm find the posterior at all? `convergence` ([chapter](08a_convergence.ipynb))
+2. Would data simulated from the posterior look like the recording? `ppc`, before that `prior_check` ([chapter](08b_predictive.ipynb)); and what do the templates leave over? `residuals`
+3. How well does it predict, and against other models? `log_likelihood`, `mean_squared_error`, `loo`, `compare`, and how much did the prior say? `prior_sensitivity` ([chapter](08c_comparison.ipynb))
+4. When it says 90 %, is it right nine times in ten? `calibration`, `recovery`, where the truth is known ([chapter](08d_ground_truth.ipynb))
 5. All of it on one page: `verdict`
 
 ArviZ does what it can; here is what it lacks for mixtures. R-hat of `means` says nothing when labels switch; the likelihood conditional on

@@ -11,19 +11,24 @@ Modules:
 - `spike_ppl.alternatives`: Which other sortings, a split or a merge away from the best optimum, are nearly as probable, and how probable.
 - `spike_ppl.closed_forms`: Which of a model's variables belong to one unit, found by trying; and the derived functions of a mixture of Gaussians in a few lines of NumPy, each checked against what was derived.
 - `spike_ppl.clustering`: From found spikes to units: a PyMC mixture of the clear spikes of each area, matching, and a second look at each unit with everything else subtracted.
+- `spike_ppl.comparison`: How well does a fit predict, against which other, and how much of it did the prior say?
 - `spike_ppl.conjugate`: Gibbs and variational updates read off a PyMC model's own log-probability, by symbolic differentiation and enumeration.
+- `spike_ppl.convergence`: Did the algorithm find the posterior at all? Chains compared by what does not depend on the names of units.
 - `spike_ppl.criticism`: Should I trust this sort? Convergence, predictive checks, comparison, calibration, and a verdict in plain words.
 - `spike_ppl.detection`: The noise of a recording made white over time and channels, spikes found in it by their energy, and windows cut at times between samples.
 - `spike_ppl.drift`: How far the tissue has moved along the probe, and which templates are one neuron seen from different depths.
 - `spike_ppl.experiments`: Keep fits, list them, compare them, and get them back in another process exactly as they were.
 - `spike_ppl.explore`: The figures of this package, to move through: the recording, the units, the fits and the model itself, with sliders.
 - `spike_ppl.gibbs`: Sweeps over all variables, exact steps that split and merge units, and the same sweep as a step method of PyMC's own.
+- `spike_ppl.ground_truth`: When it says 90 %, is it right nine times in ten? And which of the true units did it find?
 - `spike_ppl.inference`: Gibbs sampling, variational Bayes, split and merge moves, NUTS and ADVI for any mixture written in PyMC, behind one door: `fit`.
+- `spike_ppl.losses`: How far two ways of grouping the same spikes are apart, and the search for the one that is nearest to many.
 - `spike_ppl.matching`: All spikes of known templates, overlapping ones too, each with the probability that it is of its unit; and what is left over.
 - `spike_ppl.models`: Mixture models of spikes, written in PyMC so that they can be read, changed and criticised.
 - `spike_ppl.partition`: Which spikes belong together, how many units there are, and how sure the posterior is of both.
 - `spike_ppl.passes`: Everything that inference asks of the data, in one pass that holds little memory and gives the same bits on any number of threads; and a partition to start from.
 - `spike_ppl.plots`: Every figure of the package, one function each: `ax` in, `ax` out.
+- `spike_ppl.predictive`: Would data simulated from the posterior look like the recording? And would data simulated from the prior?
 - `spike_ppl.projection`: From waveforms to a few features per channel: an autoencoder, principal components, and what the noise has to do with it.
 - `spike_ppl.recording`: Open any extracellular recording, refuse a broken one in plain words, and bring its channels to one scale without moving a single spike.
 - `spike_ppl.scale`: From seven channels to ten thousand: neighbourhoods of channels as independent jobs, run in process, on threads, on processes or on a Dask cluster, and joined by evidence.

@@ -27,7 +27,8 @@ import xarray as xr
 # %% ../nbs/11_experiments.ipynb #652e75d8
 from . import __version__
 from . import criticism
-from .partition import certainty, n_units, roles
+from .partition import certainty, n_units, n_units_interval, roles
+from .convergence import fingerprint
 
 # %% ../nbs/11_experiments.ipynb #d1412b2c
 class StoreError(ValueError):
@@ -136,7 +137,7 @@ def _describe(fit, note):
     post = fit["posterior"]
     iterations = fit["optimisation"].sizes.get("iteration") if "optimisation" in fit.children else None
     return dict(model=str(fit.attrs.get("model", "")), arguments=_arguments(fit), method=str(fit.attrs.get("method", "")),
-                draws=f"{iterations} passes" if iterations else f"{post.sizes['chain']} x {post.sizes['draw']}", seed=fit.attrs.get("seed"), data=criticism._fingerprint(fit),
+                draws=f"{iterations} passes" if iterations else f"{post.sizes['chain']} x {post.sizes['draw']}", seed=fit.attrs.get("seed"), data=fingerprint(fit),
                 spikes=int(fit["observed_data"][roles(fit)["observed"]].shape[0]), code=__version__ + (f" ({g})" if (g := _git()) else ""),
                 time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"), wall_time=fit.attrs.get("wall_time"), note=note)
 
@@ -159,7 +160,7 @@ def _criticise(fit, model=None):
         return dict(log_likelihood=float(ll.sum(ll.dims[-1]).mean()), loo=float(elpd.elpd), loo_se=float(elpd.se), pareto_bad=int((elpd.pareto_k > elpd.good_k).sum()))
     def units():
         pmf = n_units(fit, model=model)
-        low, high = criticism._interval(pmf)
+        low, high = n_units_interval(pmf)
         return dict(units=str(low) if low == high else f"{low}-{high}")
     def judged():
         page = criticism.verdict(fit, draws=30, figures=False, model=model)

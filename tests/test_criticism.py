@@ -8,7 +8,7 @@ import xarray as xr
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from spike_ppl import criticism as C
+from spike_ppl import criticism as C, partition, predictive
 from spike_ppl.models import dpmm, gmm, toy
 from spike_ppl.partition import certainty, n_units, point_partition
 
@@ -72,7 +72,7 @@ def test_label_switching_is_no_failure(good):
             name = rng.permutation(3)
             for v in ("weights", "means", "variances"): post[v].values[c, d] = post[v].values[c, d][np.argsort(name)]
             post["assignments"].values[c, d] = name[post["assignments"].values[c, d]]
-    switched = C._with_groups(good, posterior=post)
+    switched = partition.with_groups(good, posterior=post)
     import arviz as az
     assert float(az.rhat(post["means"].values[..., 0, 0])) > 1.5 or post["means"].values[..., 0, 0].std() > 1
     a, b = C.convergence(good), C.convergence(switched)
@@ -132,7 +132,7 @@ def test_p_values_are_uniform_for_a_model_that_is_right():
         fit = gaussian_fit(x, labels, 2, noise=0., seed=seed)[0]
         truth = fit["posterior"].to_dataset()
         truth["means"].values[:] = np.array([[-3., 0], [3, 1]]); truth["variances"].values[:] = 1.; truth["weights"].values[:] = .5
-        fit = C._with_groups(fit, posterior=truth)
+        fit = partition.with_groups(fit, posterior=truth)
         for stat in ("mean", "max", "min"): p += C.ppc(fit, stat, draws=60, seed=seed, per_unit=False).p_value.values.tolist()
     p = np.array(p)
     assert abs(p.mean() - .5) < .12 and .2 < p.std() < .38 and (p < .02).mean() < .1 and (p > .98).mean() < .1
@@ -152,7 +152,7 @@ def test_each_statistic_catches_what_it_is_for(data, statistic, spoil):
     def off(x):
         var = np.tile(np.array([np.square(np.median(np.abs(x[truth == u] - np.median(x[truth == u], 0)), 0) / .6745) for u in range(3)]), 1)
         found = C.ppc(gaussian_fit(x, truth, 3, variances=var)[0], statistic, draws=50)
-        return float(np.nanmax(C._far(found.z))), found
+        return float(np.nanmax(predictive.absolute_z(found.z))), found
     fine, _ = off(x)
     bad, found = off(spoil(x.copy(), truth, rng))
     assert fine < 4 < bad, (fine, bad)
@@ -170,7 +170,7 @@ def test_amplitude_has_channels(data):
     x, truth = data
     fit = gaussian_fit(x, truth, 3)[0]
     ds = fit["observed_data"].to_dataset().assign_coords(channel=("feature", ["a", "a", "b"]))
-    found = C.ppc(C._with_groups(fit, observed_data=ds), "amplitude", draws=20)
+    found = C.ppc(partition.with_groups(fit, observed_data=ds), "amplitude", draws=20)
     assert found.observed.sel(channel="b", quantile=.5).values[0] == pytest.approx(np.median(np.abs(x[:, 2])))
 
 
@@ -206,7 +206,7 @@ def test_replicates_are_the_same_for_a_seed_and_budgeted(good):
 
 
 def test_a_foreign_model_is_asked_for(good):
-    other = C._with_groups(good); other.attrs["model"] = "mine"
+    other = partition.with_groups(good); other.attrs["model"] = "mine"
     with pytest.raises(ValueError, match="model=..."): C.ppc(other, "mean")
     x = good["observed_data"]["features"].values
     xr.testing.assert_allclose(C.ppc(other, "mean", draws=5, model=gmm(x, 3)).observed, C.ppc(good, "mean", draws=5).observed)
@@ -237,7 +237,7 @@ def test_log_likelihood_is_marginal_over_units(data):
 def test_mean_squared_error_is_its_definition(good, data):
     x, _ = data
     post = good["posterior"]
-    chain, draw = C._positions(good, 100)
+    chain, draw = partition.draw_positions(good, 100)
     expected = np.mean([np.mean((x - post["means"].values[c, d][post["assignments"].values[c, d]])**2) for c, d in zip(chain, draw)])
     assert C.mean_squared_error(good) == pytest.approx(expected)
 

@@ -67,7 +67,7 @@ def plain(
     return ax
 
 # %% ../nbs/08_plots.ipynb #4d4ec740
-def _axes(ax, width=7., height=4.):
+def axes_for(ax, width=7., height=4.):
     "`ax`, or one new axes."
     return plain(_figure(width, height).add_subplot()) if ax is None else ax
 
@@ -228,7 +228,7 @@ def traces(
     data -= level
     units = units or ("µV" if in_uv else "noise sd" if recording.get_annotation("standardised") else "a.u.")
     ms = np.arange(a, b)/rate*1e3
-    ax = _axes(ax, 7, float(np.clip(.35*len(channels) + 1.2, 3, 6)))
+    ax = axes_for(ax, 7, float(np.clip(.35*len(channels) + 1.2, 3, 6)))
     ink = _ink(ax)
     lines = not (image or (image is None and len(channels) > 48))
     if not lines:
@@ -317,7 +317,7 @@ def probe(
 
     Raises `ValueError` for a `centre` that is no channel."""
     xy, ids = _positions(where)
-    ax = _axes(ax, 4.5, 4.5)
+    ax = axes_for(ax, 4.5, 4.5)
     ink = _ink(ax)
     near = _nearest(xy)
     ax.scatter(*xy.T, s=float(np.clip(4000/len(xy), 6, 120)), facecolors="none", edgecolors=ink, linewidths=1, gid="sites", marker="s" if len(xy) > 64 else "o")
@@ -374,7 +374,7 @@ def spike(
     one = waveforms.isel(spike=index)
     values = np.asarray(one.transpose("time", "channel"), dtype=float)
     lay = _Layout(one, channels, peak=int(np.abs(values).max(0).argmax()))
-    ax = _axes(ax, 5, 4.5)
+    ax = axes_for(ax, 5, 4.5)
     values = values[:, lay.index]
     scale = lay.scale(values)
     ax.plot(*lay.lines(values, scale), color=_ink(ax) if unit is None else unit_colour(unit), lw=1.4, gid="spike" if unit is None else f"unit {unit}")
@@ -405,7 +405,7 @@ def unit_waveforms(
     mean, sd = data.mean(0), data.std(0)
     lay = _Layout(waveforms, channels, peak=int(np.abs(mean).max(0).argmax()))
     mean, sd = mean[:, lay.index], sd[:, lay.index]
-    ax = _axes(ax, 5, 4.5)
+    ax = axes_for(ax, 5, 4.5)
     colour = unit_colour(unit)
     scale = scale or lay.scale(np.abs(mean) + 2*sd)
     ax.plot(*lay.lines(data[np.isin(used, shown)][..., lay.index], scale), color=colour, lw=.4, alpha=float(np.clip(12/max(len(shown), 1), .08, .5)), rasterized=True, gid="spikes")
@@ -447,7 +447,7 @@ def templates(
             channels = list(dict.fromkeys(c for p in near for c in _Layout(mean, None, peak=p, limit=10).ids))
         lay = _Layout(mean, channels, peak=first[2])
         scale = lay.scale(np.stack([parts(u)[0][:, lay.index] for u in units]))
-        ax = _axes(ax, 5, 4.5)
+        ax = axes_for(ax, 5, 4.5)
         for u in units: _template(ax, lay, *parts(u)[:2], u, scale)
         lay.frame(ax, scale, _amplitude_units(mean), labels=True)
         _unit_key(ax, units)
@@ -528,7 +528,7 @@ def similarity(
     values = np.asarray(matrix, dtype=float)
     if values.ndim != 2 or values.shape[0] != values.shape[1]: raise ValueError(f"expected a square matrix of units, got shape {values.shape}")
     names = matrix[matrix.dims[0]].values if isinstance(matrix, xr.DataArray) else np.arange(len(values))
-    ax = _axes(ax, 5, 4.2)
+    ax = axes_for(ax, 5, 4.2)
     attrs = getattr(matrix, "attrs", {})
     _matrix(ax, values, names, label or attrs.get("long_name") or getattr(matrix, "name", None) or "similarity")
     ax.set(xlabel="unit", ylabel="unit")
@@ -601,7 +601,7 @@ def clusters(
     fitted.sort()
     p = plane(x[fitted], labels[fitted], method=method)
     origin = x[fitted].mean(0)
-    ax = _axes(ax, 5.5, 4.5)
+    ax = axes_for(ax, 5.5, 4.5)
     if outliers and (labels < 0).any(): units = [-1] + units
     for u in units:
         members = np.flatnonzero(labels == u)
@@ -702,7 +702,7 @@ def cluster_sizes(
     """Draw how many spikes each unit has, with the posterior's 89 % interval when a fit is given.
 
     Raises `ValueError` for units without spikes."""
-    ax = _axes(ax, 6, 3.2)
+    ax = axes_for(ax, 6, 3.2)
     low = high = None
     if isinstance(data, xr.DataTree):
         counts, ids = _counts(data)
@@ -770,7 +770,7 @@ def n_units(
     p = np.asarray(data, dtype=float)
     k = data[data.dims[0]].values if isinstance(data, xr.DataArray) and data.dims[0] in data.coords else np.arange(len(p))
     if p.ndim != 1: raise ValueError(f"expected one probability per number of units, got shape {p.shape}")
-    ax = _axes(ax, 4.5, 3)
+    ax = axes_for(ax, 4.5, 3)
     keep = np.flatnonzero(p > 1e-4)
     ax.bar(k[keep], p[keep], color=unit_colour(0), width=.8)
     if truth is not None:
@@ -803,7 +803,7 @@ def coclustering(
     p = np.asarray(matrix, dtype=float)
     if p.ndim != 2 or p.shape[0] != p.shape[1]: raise ValueError(f"expected a square matrix of spikes, got shape {p.shape}")
     pick = _some(np.arange(len(p)), n, seed)
-    ax = _axes(ax, 5, 4.2)
+    ax = axes_for(ax, 5, 4.2)
     if labels is not None:
         labels = _labels(labels, len(p))[pick]
         order = np.argsort(labels, kind="stable")
@@ -846,7 +846,7 @@ def parameters(
     units = list(ids[:20]) if units is None else [int(u) for u in np.atleast_1d(units)]
     missing = [u for u in units if u not in ids]
     if missing: raise ValueError(f"units {missing} are not in the fit, which has {ids.tolist()}")
-    ax = _axes(ax, 7, 3.5)
+    ax = axes_for(ax, 7, 3.5)
     styles = ("-", "--", ":", "-.")
     draws = value.draw.values if "draw" in value.coords else np.arange(value.sizes["draw"])
     value = value.transpose("unit", "chain", "draw").values
@@ -871,7 +871,7 @@ def elbo(
         if "optimisation" not in fit.children: raise ValueError(f"this fit has no 'optimisation' group (method {fit.attrs.get('method')!r}); fit with method='vb' or 'advi'")
         fit = fit["optimisation"]["elbo"]
     value = np.ravel(np.asarray(fit, dtype=float))
-    ax = _axes(ax, 6, 3)
+    ax = axes_for(ax, 6, 3)
     ax.plot(np.arange(len(value)), value, color=unit_colour(0), lw=1.4, marker="." if len(value) < 60 else None, gid="elbo")
     if skip and len(value):
         low, high = np.nanmin(value[min(skip, len(value) - 1):]), np.nanmax(value)
@@ -912,7 +912,7 @@ def optimisation_path(
     units = list(ids[:20]) if units is None else [int(u) for u in np.atleast_1d(units)]
     missing = [u for u in units if u not in ids]
     if missing: raise ValueError(f"units {missing} are not in the fit, which has {ids.tolist()}")
-    ax = _axes(ax, 7, 3.5)
+    ax = axes_for(ax, 7, 3.5)
     value = value.transpose("unit", "iteration").values
     for u in units: ax.plot(value[list(ids).index(u)], color=unit_colour(u), lw=1.3, gid=f"unit {u}")
     ax.set(xlabel="iteration", ylabel=f"E[{variable}]")
@@ -988,7 +988,7 @@ def reliability(
         with np.errstate(invalid="ignore", divide="ignore"): p, o = np.bincount(b, x, bins)/count, np.bincount(b, y, bins)/count
     keep = (count > 0) & np.isfinite(p) & np.isfinite(o)
     p, o, count = p[keep], o[keep], count[keep]
-    ax = _axes(ax, 4.2, 4)
+    ax = axes_for(ax, 4.2, 4)
     if not any(l.get_gid() == "diagonal" for l in ax.lines): ax.plot([0, 1], [0, 1], color=_ink(ax), lw=.8, ls="--", gid="diagonal")
     error = np.sqrt(np.maximum(o*(1 - o), 1e-9)/np.maximum(count, 1))
     if outcome is not None or count.max(initial=0) > 1: ax.vlines(p, np.clip(o - 1.6*error, 0, 1), np.clip(o + 1.6*error, 0, 1), color=unit_colour(unit), lw=1, alpha=.7)
@@ -1009,7 +1009,7 @@ def residuals(
 ):
     "Draw the density of standardised residuals beside the standard normal they should follow."
     r = np.asarray(data, dtype=float)
-    ax = _axes(ax, 6, 3.5)
+    ax = axes_for(ax, 6, 3.5)
     edges = np.linspace(-limit, limit, bins + 1); middle = (edges[1:] + edges[:-1])/2
     def density(v):
         count = np.histogram(np.clip(v[np.isfinite(v)], -limit, limit), edges)[0].astype(float)
@@ -1048,7 +1048,7 @@ def amplitude_over_time(
         times = data.sample_index.values/data.attrs["sampling_rate"]
     times = np.asarray(times, dtype=float)
     units = _units(labels, units)[:12] if units is None else _units(labels, units)
-    ax = _axes(ax, 7, 3.2)
+    ax = axes_for(ax, 7, 3.2)
     for u in units:
         i = _some(np.flatnonzero(labels == u), n, seed)
         ax.scatter(times[i], amplitude[i], s=4, color=unit_colour(u), marker=_marker(u), alpha=.5, linewidths=0, rasterized=True, gid=f"unit {u}")
@@ -1137,7 +1137,7 @@ def cross_correlogram(
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the correlogram of two units' spike times, or of one with itself."
-    ax = _axes(ax, 4, 3)
+    ax = axes_for(ax, 4, 3)
     _correlogram(ax, a, b, unit, other, window, bin, refractory)
     if expected:
         n = (len(a)*(len(a) if b is None else len(b)))
@@ -1158,7 +1158,7 @@ def intervals(
     ax=None, # matplotlib axes to draw on; None: a figure of its own
 ):
     "Draw the inter-spike intervals of a unit, the refractory period shaded and the violations counted."
-    ax = _axes(ax, 4, 3)
+    ax = axes_for(ax, 4, 3)
     isi = np.diff(np.sort(np.asarray(times, dtype=float)))*1e3
     count, edges = np.histogram(isi, np.arange(0, window + bin/2, bin))
     ax.axvspan(0, refractory, color=_ink(ax), alpha=.18, lw=0, gid="refractory")

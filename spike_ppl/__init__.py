@@ -19,9 +19,11 @@ Modules:
 - `spike_ppl.drift`: How far the tissue has moved along the probe, and which templates are one neuron seen from different depths.
 - `spike_ppl.experiments`: Keep fits, list them, compare them, and get them back in another process exactly as they were.
 - `spike_ppl.explore`: The figures of this package, to move through: the recording, the units, the fits and the model itself, with sliders.
+- `spike_ppl.families`: The families of distributions that Gibbs sampling and variational Bayes draw from: parameters read off a log density by differentiation, exact draws, and expectations without new algebra.
 - `spike_ppl.gibbs`: Sweeps over all variables, exact steps that split and merge units, and the same sweep as a step method of PyMC's own.
 - `spike_ppl.ground_truth`: When it says 90 %, is it right nine times in ten? And which of the true units did it find?
 - `spike_ppl.inference`: Gibbs sampling, variational Bayes, split and merge moves, NUTS and ADVI for any mixture written in PyMC, behind one door: `fit`.
+- `spike_ppl.joint`: What a PyMC model says about all of its variables together: one log density each, in natural space, with the observed values as inputs.
 - `spike_ppl.losses`: How far two ways of grouping the same spikes are apart, and the search for the one that is nearest to many.
 - `spike_ppl.matching`: All spikes of known templates, overlapping ones too, each with the probability that it is of its unit; and what is left over.
 - `spike_ppl.models`: Mixture models of spikes, written in PyMC so that they can be read, changed and criticised.

@@ -17,7 +17,8 @@ from scipy.special import multigammaln
 __all__ = ['Parts', 'parts', 'factor_near', 'closed_form', 'recognised']
 
 # %% ../nbs/05b_closed_forms.ipynb #60aefcf0
-from .conjugate import _AS_WRITTEN, _data_term, Scored
+from .joint import AS_WRITTEN
+from .conjugate import Scored, data_term
 from .passes import Statistics, hard_statistics
 
 # %% ../nbs/05b_closed_forms.ipynb #7a69828f
@@ -74,14 +75,14 @@ def _cache(d):
 
 # %% ../nbs/05b_closed_forms.ipynb #48f9dee6
 def factor_near(
-    family,  # a `conjugate.Family`
+    family,  # a `families.Family`
     value,   # of the variable
 ) -> tuple:  # natural parameters
     "Natural parameters of a factor concentrated near a value."
     v, name = np.asarray(value, float), family.name
     if name == "Normal": return np.full(v.shape, 1e2), 1e2*v
     if name == "MvNormal":
-        inner = family._in(v)
+        inner = family.to_blocks(v)
         P = np.broadcast_to(1e2*np.eye(inner.shape[-1]), (*inner.shape, inner.shape[-1])).copy()
         return P, 1e2*inner
     if name == "Gamma": return np.full(v.shape, 10.), 10./v
@@ -110,7 +111,7 @@ class _Gaussian:
         self._d, self._roles = d, parts(d)
         self._full, self._none = d.structure == "full", _empty(d)
         self._checked = _cache(d).setdefault("closed", None)
-        mode, d.mode = d.mode, _AS_WRITTEN            # to recognise and to compare are a few calls: rewriting the graphs would cost more
+        mode, d.mode = d.mode, AS_WRITTEN            # to recognise and to compare are a few calls: rewriting the graphs would cost more
         try:
             self._find()
             if not self._ok: self._checked = frozenset()         # what other data of this structure showed may not hold for these
@@ -397,7 +398,7 @@ class _Gaussian:
         if self._constants is None: return c, b, T
         return c + self._constants[0], every(b, self._constants[1]), every(T, self._constants[2])
 
-    def _joint(self, e, s, p, q): return _data_term(s, self._quadratic(e)) + self._priors(e, p, q)
+    def _joint(self, e, s, p, q): return data_term(s, self._quadratic(e)) + self._priors(e, p, q)
 
     def _priors(self, e, p, q):
         "Log prior density of the parameters at a point, or expected under q."
@@ -416,7 +417,7 @@ class _Gaussian:
             elif p is not None: total += f.logp(self._prior[k], p[k])
             elif f.name in ("Normal", "MvNormal"):
                 m, V = e[k]
-                total += f.logp(self._prior[k], f._out(m) if f.axis is not None else m) - .5*float((self._prior[k][0]*V).sum())
+                total += f.logp(self._prior[k], f.from_blocks(m) if f.axis is not None else m) - .5*float((self._prior[k][0]*V).sum())
             elif f.name == "Dirichlet":
                 a = np.asarray(self._prior[k][0])
                 total += f.logp(self._prior[k], np.full(a.shape, 1/a.shape[-1])) + float(((a - 1)*(e[k][0] + np.log(a.shape[-1]))).sum())
@@ -430,7 +431,7 @@ class _Gaussian:
         return self._remember("point", tuple(point[k] for k in self._d.parameters), lambda: self._quadratic(self._values(point)))
     def log_joint(self, point, s=None):
         if "joint" not in self._checked: return self._d.log_joint(point, s)
-        return _data_term(s, self.unit_quadratic(point)) + self._priors(self._values(point), point, None)
+        return data_term(s, self.unit_quadratic(point)) + self._priors(self._values(point), point, None)
     def expected_natural(self, name, q, s=None):
         if name not in self._checked: return self._d.expected_natural(name, q, s)
         return self._natural(name, self._expected({k: v for k, v in q.items() if k != name and self._needs(name, k)}), s)
@@ -439,7 +440,7 @@ class _Gaussian:
         return self._remember("expected", tuple(q[k] for k in self._d.parameters), lambda: self._quadratic(self._expected(q)))
     def energy(self, q, s=None):
         if "joint" not in self._checked: return self._d.energy(q, s)
-        return _data_term(s, self.expected_quadratic(q)) + self._priors(self._expected({k: q[k] for k in self._d.parameters}), None, q)
+        return data_term(s, self.expected_quadratic(q)) + self._priors(self._expected({k: q[k] for k in self._d.parameters}), None, q)
 
     def _needs(self, name, other):
         "Whether the update of one variable reads another."
@@ -692,7 +693,7 @@ class _Factors(_Gaussian):
         for k in d.parameters:
             if "quadratic" in good and all(near(self._natural(k, self._values(p), w), d.natural(k, p, w)) and self._averages(lambda e: self._natural(k, e, w), p, rng, near, k) for (p, s, q), w in zip(trials, whole)): good.add(k)
         if "quadratic" in good and all(near([self._joint(self._values(p), s, p, None)], [d.log_joint(p, s)]) and
-                                       near([_data_term(w, self._joint_quadratic(e)) + self._priors(e, None, q)], [d.joint_energy(q, Statistics(*w))])
+                                       near([data_term(w, self._joint_quadratic(e)) + self._priors(e, None, q)], [d.joint_energy(q, Statistics(*w))])
                                        for (p, s, q), w in zip(trials, whole) for e in (self._expected(q),)): good.add("joint")
         return frozenset(good)
 

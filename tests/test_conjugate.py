@@ -321,7 +321,7 @@ def many_covariances(K=12, d=21, n=90):
 
 
 def test_random_matrices_are_well_conditioned_at_every_size():
-    from spike_ppl.conjugate import Wishart
+    from spike_ppl.families import Wishart
     for p in (2, 21, 60):
         X = Wishart((500, p, p)).generic(np.broadcast_to(np.eye(p), (500, p, p)), np.random.default_rng(0))
         assert np.linalg.cond(X).max() < 500, p
@@ -518,7 +518,7 @@ def test_expectations_agree_with_monte_carlo(x):
 
 
 def test_entropies_agree_with_the_families_own_density():
-    from spike_ppl import conjugate as c
+    from spike_ppl import families as c
     rng = np.random.default_rng(9)
     M = rng.normal(size=(2, 3, 3)); M = M @ M.transpose(0, 2, 1) + np.eye(3)
     cases = [(c.Normal((4,)), (rng.gamma(3., size=4), rng.normal(size=4))), (c.Normal((2, 3), 1), (M, rng.normal(size=(2, 3)))),

@@ -416,8 +416,13 @@ class _Gaussian:
             elif k not in self._prior: continue
             elif p is not None: total += f.logp(self._prior[k], p[k])
             elif f.name in ("Normal", "MvNormal"):
-                m, V = e[k]
-                total += f.logp(self._prior[k], f.from_blocks(m) if f.axis is not None else m) - .5*float((self._prior[k][0]*V).sum())
+                (m, V), P = e[k], self._prior[k]
+                factor = None if f.axis is None else self._remember(("prior", k), P, lambda: f._factor(P))
+                total += float(np.sum(f.each(P, f.from_blocks(m) if f.axis is not None else m, factor))) - .5*float((P[0]*V).sum())
+            elif f.name == "Wishart":
+                (T, logT), (nu, B), D = e[k], self._prior[k], f.shape[-1]
+                log_z = self._remember(("prior", k), (nu, B), lambda: float(np.sum(f.log_z((nu, B)))))
+                total += float((.5*(nu - D - 1)*logT).sum() - .5*(B*T).sum()) - log_z
             elif f.name == "Dirichlet":
                 a = np.asarray(self._prior[k][0])
                 total += f.logp(self._prior[k], np.full(a.shape, 1/a.shape[-1])) + float(((a - 1)*(e[k][0] + np.log(a.shape[-1]))).sum())

@@ -18,7 +18,7 @@ import numpy as np
 from .recording import RecordingError
 from .scale import model_lock, cpu_clock
 from .detection import Peaks, cut_at, find
-from .templates import half_window, join_same, mean_template, residual_power, template_distances
+from .templates import half_window, join_same, mean_template, median_window, residual_power, template_distances
 from .matching import centred_spikes, echoes, left_over, make_bank, match, not_sums
 from .drift import join_moved
 
@@ -49,7 +49,8 @@ def _model(name, features, truncation, noise_variance=None):
     if "priors" in takes and n > 2:
         spread = np.full(d, 1.5 * noise) if noise is not None else _within(np.asarray(features, float), 20)
         if spread is not None: args["priors"] = dict(variance_scale=spread, dof=d + 2. + 30.)
-    return make(features, **args)
+    import pytensor
+    with pytensor.config.change_flags(traceback__limit=0): return make(features, **args)      # where in the code each variable was made takes a third of the time to write down
 
 def _within(x, n_groups, seed=0):
     "Covariance inside the tighter half of small groups of spikes (K-means), or None where there are too few spikes to tell."
@@ -102,7 +103,7 @@ def fit_features(
 def _principal(x, n_features, edge=None):
     "Mean and principal directions (feature, time * channel) of windows, from spikes that are not outlying."
     x = x.reshape(len(x), -1)
-    middle = np.median(x[::max(1, len(x) // 500)], 0)      # sure enough to tell who is outlying
+    middle = median_window(x[::max(1, len(x) // 500)])      # sure enough to tell who is outlying
     far = ((x - middle)**2).sum(1)
     y = x[far <= np.quantile(far, .98)]
     centre = y.mean(0)

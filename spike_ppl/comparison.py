@@ -31,17 +31,17 @@ def log_likelihood(
 ) -> xr.DataTree: # the fit with the group log_likelihood: variable named as the observed one, (chain, draw, spike), nats
     "Adds the pointwise log likelihood, marginal over units, as ArviZ reads it."
     from spike_ppl.passes import Spikes
-    from spike_ppl.inference import _NewSpikes, _parameters, _quadratics
+    from spike_ppl.inference import NewSpikes, parameters_at, quadratics_at
     post = fit["posterior"].to_dataset()
     c, d = post.sizes["chain"], post.sizes["draw"]
     x = fit["observed_data"][roles(fit)["observed"]]
     n = x.shape[0]
     keep = thinned(d, max(min(draws, int(max_bytes / (8. * n))) // c, 2))
-    d_, points, weights = _parameters(with_groups(fit, posterior=post.isel(draw=keep)), rebuild(fit, model), c * len(keep))
+    d_, points, weights = parameters_at(with_groups(fit, posterior=post.isel(draw=keep)), rebuild(fit, model), c * len(keep))
     if d_.lowered:
         spikes = Spikes(np.asarray(x.values, float))
-        values = [spikes.log_density(q) for q in _quadratics(d_, points, weights)]
-    else: values = [logsumexp(logits, axis=-1) for logits in _NewSpikes(d_, x.values)(points, weights)]
+        values = [spikes.log_density(q) for q in quadratics_at(d_, points, weights)]
+    else: values = [logsumexp(logits, axis=-1) for logits in NewSpikes(d_, x.values)(points, weights)]
     values = np.reshape(values, (c, len(keep), n))
     coords = dict(chain=post["chain"], draw=post["draw"].values[keep])
     if x.dims[0] in x.coords: coords[x.dims[0]] = x[x.dims[0]]

@@ -18,6 +18,7 @@ __all__ = ['NotConjugate', 'Conditional', 'complete_conditional', 'together', 'b
            'data_term', 'derive', 'Conjugacy', 'conjugacy']
 
 # %% ../nbs/05_conjugate.ipynb #c6d629b8
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from copy import copy
@@ -32,7 +33,7 @@ from pytensor.compile.mode import get_mode
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, equal_computations
 from pytensor.graph.replace import clone_replace, vectorize_graph
-from pytensor.graph.traversal import ancestors
+from pytensor.graph.traversal import ancestors, toposort
 
 # %% ../nbs/05_conjugate.ipynb #fde79c1f
 from .families import Family, Normal, Gamma, InverseGamma, Beta, Dirichlet, Wishart, FiniteDiscrete, gradient, hessian_blocks
@@ -654,6 +655,7 @@ def _plan_of(joint, exact, known=False):
 class Derivation:
     "The complete conditionals and expected natural parameters of all variables of a model, compiled, bound to its data."
     scores = None # as in `LogJoint`; only `Scored` derivations have any
+    _met = None # the structure by which the model was recognised
     def __init__(self, joint:LogJoint, plan, constant_values:dict):
         self.joint, self.model, self._plan, self._constants = joint, joint.model, plan, constant_values
         self.assignments, self.weights, self.others = plan.assignments, plan.weights, plan.others
@@ -760,15 +762,25 @@ class Derivation:
 
     @cached_property
     def _deterministic(self):
-        plain = untransformed(self.model)
+        "Names, function and inputs of the Deterministics; those of a recognised structure serve all its models, if there is nothing of one model in them."
+        if self._met is None: return self._deterministics_of(self.model)[0]
+        if not hasattr(self._met, "deterministic"):
+            found, own = self._deterministics_of(self.model)
+            self._met.deterministic = None if own else found
+            return found
+        return self._met.deterministic or self._deterministics_of(self.model)[0]
+    def _deterministics_of(self, model):
+        plain = untransformed(model)
         big = [plain[k] for k in [*(self.states or [self.assignments]), *(self._plan.scores or ())] if k]
         keep = [d for d in plain.deterministics if not set(ancestors([d])) & {*big, *plain.observed_RVs}]
-        if not keep: return [], None, []
+        if not keep: return ([], None, []), False
         graphs = clone_replace(keep, {rv: self.joint.free[rv.name] for rv in plain.free_RVs if rv not in big}, rebuild_strict=False)
         used = [k for k, v in self.joint.free.items() if v in set(ancestors(graphs))]
         batched = {self.joint.free[k]: pt.tensor(k, dtype=self.joint.free[k].dtype, shape=(None,) * (self.joint.free[k].ndim + 1)) for k in used}
         outs = vectorize_graph(graphs, batched)
-        return [d.name for d in keep], pytensor.function(list(batched.values()), outs, on_unused_input="ignore", mode="FAST_COMPILE"), used
+        own = any(isinstance(v, SharedVariable) or isinstance(v, Constant) and getattr(v.type, "ndim", 0) and v.data.size > 1 for v in ancestors(graphs) if v.owner is None)
+        found = [d.name for d in keep], pytensor.function(list(batched.values()), outs, on_unused_input="ignore", mode="FAST_COMPILE"), used
+        return found, own
     def deterministics(self, points:dict) -> dict: # name -> (n, ...)
         "The model's Deterministics that do not depend on the assignments, at `n` points (every array with a leading axis of length n)."
         names, fn, used = self._deterministic
@@ -872,6 +884,118 @@ def _wishart_root(L, dof, rng):
     A[np.diag_indices(r)] = np.sqrt(rng.chisquare(dof - np.arange(r)))
     return L @ A
 
+# %% ../nbs/05_conjugate.ipynb #a90c7d31
+_VIEWS = ("ExpandDims", "DimShuffle", "Cholesky")
+
+class _Written:
+    "A model as its random variables write it: graphs, and the leaves of the graphs that may differ between models of one structure."
+    def __init__(self, model):
+        self.model = model
+        self.graphs = [*model.basic_RVs, *model.potentials, *model.deterministics]
+        self.names = [[v.name for v in group] for group in (model.free_RVs, model.observed_RVs, model.basic_RVs, model.potentials, model.deterministics)]
+        self.transforms = [type(model.rvs_to_transforms.get(rv)) for rv in model.free_RVs]
+        lengths = {v: k for k, v in model.dim_lengths.items() if isinstance(v, SharedVariable)}
+        self.arrays, self.lengths, self.leaves, self.plain = [], {}, [], all(v is None for v in model.rvs_to_initial_values.values())
+        fixed = set()                                                # graphs of constants only
+        for v in ancestors(self.graphs):
+            if v.owner is not None: continue
+            if v in lengths: self.lengths[lengths[v]] = v
+            elif isinstance(v, SharedVariable):
+                if hasattr(v.type, "ndim"): self.plain = False       # data that may change
+            elif not isinstance(v, Constant): self.plain = False
+            elif getattr(v.type, "ndim", 0) and str(v.type.dtype).startswith("float") and v.data.size > 1: self.arrays.append(v)
+            else: fixed.add(v); continue
+            self.leaves.append(v)
+        fixed.update(self.arrays)
+        touched = set(self.arrays)
+        for node in toposort(self.graphs):                           # a number made of an array alone could be one of the terms' numbers: only arrays may come of arrays
+            if not all(v in fixed for v in node.inputs): continue
+            fixed.update(node.outputs)
+            if touched & set(node.inputs):
+                touched.update(node.outputs)
+                if type(getattr(node.op, "core_op", node.op)).__name__ not in _VIEWS: self.plain = False
+        values = [model.rvs_to_values[rv] for rv in model.observed_RVs]
+        self.plain &= all(isinstance(v, Constant) for v in values)
+        if self.plain: self.data = {rv.name: np.asarray(v.data) for rv, v in zip(model.observed_RVs, values)}
+
+    def length(self, name): return int(self.lengths[name].get_value())
+
+class _Met:
+    "A structure that was read before: what a derivation of another model of it is made of, believed once it was right about one."
+    def __init__(self, written, d):
+        self.written, self.plan, self.joint, self.trusted, self.loose = written, d._plan, d.joint, False, set()
+        same = lambda a, b: a.size == b.size and np.array_equal(a.ravel(), b.ravel())
+        found = {k: [i for i, v in enumerate(written.arrays) if same(v.data, value)] for k, value in d._constants.items()}
+        self.usable = all(len(i) == 1 for i in found.values()) and all(value.size > 1 for value in d._constants.values())
+        self.source = {k: (i[0], d._constants[k].shape) for k, i in found.items()} if self.usable else {}
+
+    def same(self, other):
+        "Whether a model has the structure."
+        mine = self.written
+        if mine.names != other.names or mine.transforms != other.transforms or list(mine.lengths) != list(other.lengths) or len(mine.leaves) != len(other.leaves): return False
+        if [type(a) for a in mine.leaves] != [type(b) for b in other.leaves] or [v.data.shape for v in mine.arrays] != [v.data.shape for v in other.arrays]: return False
+        form = lambda w: [(d.dtype, d.shape[1:] if self.plan.lowered else d.shape) for d in w.data.values()]
+        return form(mine) == form(other) and equal_computations(mine.graphs, other.graphs, mine.leaves, other.leaves)
+
+    def constants(self, written): return {k: written.arrays[i].data.reshape(shape) for k, (i, shape) in self.source.items()}
+
+    def confirm(self, written, d):
+        "Compare with what another model of the structure was found to be."
+        mine = self.constants(written)
+        self.usable &= d._plan is self.plan and not d.joint.states and d.joint.scores is None and list(mine) == list(d._constants)
+        self.usable &= self.usable and all(np.array_equal(mine[k], v) for k, v in d._constants.items())
+        if not self.usable: return
+        self.loose |= {k for k in written.lengths if written.length(k) != self.written.length(k)}          # the terms are the same all the same
+        initial = self.initial(written)
+        self.trusted = initial is not None and list(initial) == list(d.joint.initial) and all(np.array_equal(initial[k], v) and initial[k].dtype == v.dtype for k, v in d.joint.initial.items())
+        self.usable = self.trusted
+
+    @cached_property
+    def _start(self):
+        "PyMC's initial point as a function of the arrays and lengths, or None where it is drawn at random."
+        from pymc.initial_point import make_initial_point_expression
+        w = self.written
+        inputs = [v.type(f"leaf_{i}") for i, v in enumerate((*w.arrays, *w.lengths.values()))]
+        free = clone_replace(list(w.model.free_RVs), dict(zip((*w.arrays, *w.lengths.values()), inputs)), rebuild_strict=False)
+        values = make_initial_point_expression(free_rvs=free, rvs_to_transforms={}, initval_strategies={}, return_transformed=False)
+        found = {v.name: v for v in ancestors(values) if v.owner is None and not isinstance(v, Constant)}
+        if not set(found) <= {v.name for v in inputs}: return None
+        return pytensor.function([found.get(v.name, v) for v in inputs], values, on_unused_input="ignore", mode="FAST_COMPILE")
+
+    def initial(self, written):
+        "Name -> initial value in natural space."
+        if self._start is None: return None
+        values = self._start(*(v.data for v in written.arrays), *(v.get_value() for v in written.lengths.values()))
+        values = dict(zip((rv.name for rv in written.model.free_RVs), map(np.asarray, values)))
+        return {k: values[k] for k in self.joint.initial}            # in the order of the first, by which random points are drawn
+
+    def believed(self, written):
+        "Whether nothing in a model of the structure differs that was not seen to differ."
+        return self.trusted and all(k in self.loose or written.length(k) == self.written.length(k) for k in written.lengths)
+
+    def derivation(self, written):
+        "The derivation of a model of the structure."
+        constants, plan = self.constants(written), self.plan
+        transforms = {rv.name: (written.model.rvs_to_transforms.get(rv), self.joint.transforms[rv.name][1]) for rv in written.model.free_RVs}
+        joint = LogJoint(written.model, self.joint.free, self.joint.observed, written.data, _Terms(plan, constants), self.initial(written), transforms)
+        d = Derivation(joint, plan, constants)
+        d._met = self
+        return d
+
+class _Terms(Mapping):
+    "A plan's terms with the arrays of one model in them, put in when they are looked at."
+    def __init__(self, plan, values): self._plan, self._values = plan, values
+    @cached_property
+    def _own(self):
+        swap = {v: pt.constant(np.asarray(self._values[k], v.dtype)) for k, v in self._plan.constants.items()}
+        return dict(zip(self._plan.terms, clone_replace(list(self._plan.terms.values()), swap, rebuild_strict=False)))
+    def __getitem__(self, name): return self._own[name]
+    def __iter__(self): return iter(self._plan.terms)
+    def __len__(self): return len(self._plan.terms)
+
+_met = []
+
+
 # %% ../nbs/05_conjugate.ipynb #d6cf0ce4
 def derive(
     model:pm.Model, # any PyMC model
@@ -879,6 +1003,20 @@ def derive(
     apart:bool=False, # leave discrete variables that share a spike apart, each with its own conditional
 ) -> Derivation:
     "Derive all complete conditionals of a model; the same structure met again in this process costs no new derivation or compilation."
+    written = None if apart else _Written(model)
+    if written is None or not written.plain: return _derived(model, exact, apart)
+    met = next((m for m in _met if m.same(written)), None)
+    if met is not None and met.believed(written) and not (exact and met.plan.others): return met.derivation(written)
+    d = _derived(model, exact, apart)
+    if met is not None and (met.usable or met.plan is d._plan): met.confirm(written, d)
+    elif type(d) is Derivation and not d.states:
+        if met is not None: _met.remove(met)
+        _met.append(_Met(written, d))
+        del _met[:-16]
+    return d
+
+def _derived(model, exact, apart):
+    "`derive` by reading the model in full."
     read = lambda verify: log_joint(model, verify) if apart else together(log_joint(model, verify))
     joint = read(verify=False)              # a structure verified before is recognised by its terms
     if not apart and (wider := beside(joint)) is not joint:
@@ -891,7 +1029,7 @@ def derive(
     if plan is None:
         joint = read(verify=True)
         plan, values = _plan_of(joint, exact)
-    if joint.states and plan.assignments not in joint.states: return derive(model, exact, apart=True)
+    if joint.states and plan.assignments not in joint.states: return _derived(model, exact, apart=True)
     return Derivation(joint, plan, values)
 
 # %% ../nbs/05_conjugate.ipynb #adf5c79c

@@ -21,11 +21,18 @@ import numpy as np
 from .recording import RecordingError, spread_stretches
 
 # %% ../nbs/12a_detection.ipynb #ef42ce72
+@numba.njit(cache=True, nogil=True)
+def _largest(x):
+    "Largest absolute value on any channel at each sample of traces (time, channel)."
+    out = np.zeros(len(x), x.dtype)
+    for t in range(len(x)):
+        for c in range(x.shape[1]): out[t] = max(out[t], abs(x[t, c]))
+    return out
+
 def _spike_free(x, threshold, guard):
-    "Samples farther than `guard` from any that exceed `threshold` on some channel."
-    bad = (np.abs(x) > threshold).any(1)
-    reach = np.convolve(bad, np.ones(2 * guard + 1), "same") > .5
-    return ~reach
+    "Samples farther than `guard` from any that exceed `threshold` on some channel; of traces, or of their largest absolute value at each sample."
+    bad, i = np.r_[0, np.cumsum((_largest(x) if x.ndim == 2 else x) > threshold)], np.arange(len(x))
+    return bad[np.minimum(i + guard + 1, len(x))] == bad[np.maximum(i - guard, 0)]
 
 # %% ../nbs/12a_detection.ipynb #42b70452
 def whitening_filter(
@@ -46,8 +53,9 @@ def whitening_filter(
     from scipy import fft
     for start, stop in spread_stretches(n_samples, int(rate), max(1, int(seconds)), seed):
         x = np.asarray(recording.get_traces(start_frame=start, end_frame=stop), "float32")
+        largest = _largest(x)
         for level in (threshold, 1.5 * threshold, np.inf):
-            free = np.flatnonzero(np.diff(np.r_[0, _spike_free(x, level, guard), 0]))
+            free = np.flatnonzero(np.diff(np.r_[0, _spike_free(largest, level, guard), 0]))
             cuts = [a + i * piece for a, b in zip(free[::2], free[1::2]) for i in range((b - a) // piece)]
             pieces.setdefault(level, []).extend(x[a:a + piece] for a in cuts)
     level = next((l for l in pieces if len(pieces[l]) * piece > 20 * recording.get_num_channels() * lags), np.inf)
@@ -117,7 +125,7 @@ def _decorrelated():
             taps = np.asarray(taps, "float32")
             BasePreprocessor.__init__(self, recording, dtype="float32")
             half = len(taps) // 2
-            size = max(16384, 1 << int(np.ceil(np.log2(8 * len(taps)))))
+            size = max(2048, 1 << int(np.ceil(np.log2(8 * len(taps)))))      # short enough for the cache
             response = fft.rfft(taps, size, axis=0).astype("complex64")
             for segment in recording._recording_segments: self.add_recording_segment(Segment(segment, response, half, size))
             self._kwargs = dict(recording=recording, taps=taps)
@@ -191,11 +199,10 @@ def learn_shapes(
     found = []
     for start, stop in spread_stretches(recording.get_num_samples(0), int(rate), int(seconds), seed):
         x = recording.get_traces(start_frame=start, end_frame=stop)
-        size = np.abs(x)
-        top = size.max(1)
+        top = _largest(x)
         t = np.flatnonzero((top[1:-1] > threshold) & (top[1:-1] >= top[:-2]) & (top[1:-1] > top[2:])) + 1
         t = t[(t > w) & (t < len(x) - w - 1)]
-        if len(t): found.append(x[t[:, None] + np.arange(-w, w + 1), size[t].argmax(1)[:, None]])
+        if len(t): found.append(x[t[:, None] + np.arange(-w, w + 1), np.abs(x[t]).argmax(1)[:, None]])
     x = np.concatenate(found) if found else np.zeros((0, 2 * w + 1))
     if len(x) < 10: raise RecordingError(f"No spikes found: {len(x)} peaks exceed {threshold:g} noise sd. Lower the threshold, or check gain, filter and electrode.")
     if len(x) > max_peaks: x = x[np.sort(np.random.default_rng(seed).choice(len(x), max_peaks, replace=False))]
@@ -221,29 +228,38 @@ def _peaks(score, window, threshold, start, stop):
 
 BLOCK = 8192   # samples of a Fourier transform: short enough for the cache
 
-def _correlate(x, spectra, width, n):
-    """Products with filters: x (time, channel), spectra (filter, channel, frequency) of blocks, conjugated; (filter, channel, n).
-
-    Entry t is the product of the filter with x[t:t + width]."""
-    from scipy import fft
-    step = BLOCK - width + 1
-    y = np.ascontiguousarray(x.T)
-    out = np.empty((*spectra.shape[:2], n), "float32")
-    for a in range(0, n, step):
-        block = fft.rfft(y[:, a:a + BLOCK], BLOCK, axis=1)
-        m = min(step, n - a)
-        out[:, :, a:a + m] = fft.irfft(block[None] * spectra, BLOCK, axis=2)[:, :, :m]
-    return out
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _projected(y, shapes, total, main):
+    "Energy of traces (channel, time) in all shapes and in the first, from each sample; the shapes' width is a multiple of 8."
+    whole = np.empty(512, np.float32)
+    for c in range(total.shape[0]):
+        for a in range(0, total.shape[1], len(whole)):
+            n = min(len(whole), total.shape[1] - a)
+            part = whole[:n]
+            for s in range(len(shapes)):
+                part[:] = 0
+                for w in range(0, shapes.shape[1], 8):
+                    row, b0, b1, b2, b3, b4, b5, b6, b7 = y[c, a + w:a + w + n + 7], shapes[s, w], shapes[s, w + 1], shapes[s, w + 2], shapes[s, w + 3], shapes[s, w + 4], shapes[s, w + 5], shapes[s, w + 6], shapes[s, w + 7]
+                    for i in range(n): part[i] += b0 * row[i] + b1 * row[i + 1] + b2 * row[i + 2] + b3 * row[i + 3] + b4 * row[i + 4] + b5 * row[i + 5] + b6 * row[i + 6] + b7 * row[i + 7]
+                for i in range(n):
+                    if s == 0: main[c, a + i] = total[c, a + i] = part[i] * part[i]
+                    else: total[c, a + i] += part[i] * part[i]
 
 def _energy(x, basis):
-    "Energy in each shape on each channel (shape, channel, time); shapes are centred on their middle."
-    from scipy import fft
-    width = basis.shape[1]
-    spectra = fft.rfft(basis, BLOCK, axis=1).conj().astype("complex64")[:, None]
-    spectra = np.broadcast_to(spectra, (len(basis), x.shape[1], spectra.shape[2]))
-    pad = np.zeros((width // 2, x.shape[1]), "float32")
-    out = _correlate(np.concatenate([pad, x, pad]), spectra, width, len(x))
-    return np.square(out, out=out)
+    "Energy in all shapes and in the first on each channel, two of (channel, time); shapes are centred on their middle."
+    n, width = len(x), basis.shape[1]
+    wide = -(-width // 8) * 8
+    y, shapes = np.zeros((x.shape[1], n + wide), "float32"), np.zeros((len(basis), wide), "float32")
+    y[:, width // 2:width // 2 + n], shapes[:, :width] = x.T, basis
+    total, main = (np.empty((x.shape[1], n), "float32") for _ in range(2))
+    _projected(y, shapes, total, main)
+    return total, main
+
+@numba.njit(cache=True, nogil=True)
+def _raise(score, energy, expected):
+    "Raise the score (time) to the largest energy (area, time) above what is expected of it (area)."
+    for k in range(len(energy)):
+        for t in range(len(score)): score[t] = max(score[t], energy[k, t] - expected[k])
 
 # %% ../nbs/12a_detection.ipynb #cf4a9eb5
 class Peaks(NamedTuple):
@@ -296,7 +312,7 @@ def find(
     basis, near, window, areas = shapes
     freedom = len(basis) * areas.sum(2)
     weight = threshold / (_equally_rare(threshold, np.median(freedom[-1]), freedom) * np.sqrt(2 * freedom))
-    sums, offset = (weight[..., None] * areas).astype("float32"), (weight * freedom).astype("float32")[..., None]
+    sums, offset = (weight[..., None] * areas).astype("float32"), (weight * freedom).astype("float32")
     edge = int(.0025 * rate) + basis.shape[1]
     reach = int(.0004 * rate)
     margin = window + basis.shape[1] + reach + 4
@@ -304,13 +320,9 @@ def find(
         if subtract is not None:
             x = x.copy()
             subtract_all(x, first, *subtract[0].spikes, subtract[1].shifted)
-        e = _energy(x, basis)
-        total, main = e.sum(0), e[0]
+        total, main = _energy(x, basis)
         score = np.full(total.shape[1], -np.inf, "float32")
-        for area, expected in zip(sums, offset):
-            over = area @ total
-            over -= expected
-            np.maximum(score, over.max(0), out=score)
+        for area, expected in zip(sums, offset): _raise(score, area @ total, expected)
         t = _peaks(score, window, threshold, max(start, edge) - first, max(max(start, edge) - first, min(stop, n_total - edge) - first))
         if not len(t): return np.zeros((4, 0))
         c = total[:, t].argmax(0)

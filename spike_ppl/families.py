@@ -98,11 +98,11 @@ class Normal(Family):
         if self.axis is None: return h / P + e / np.sqrt(P)
         L, m = self._factor(natural)
         return self.from_blocks(m + np.linalg.solve(np.swapaxes(L, -1, -2), e[..., None])[..., 0])
-    def each(self, natural, value):
+    def each(self, natural, value, factor=None):
         P, h = natural
         x = self.to_blocks(np.asarray(value, float))
         if self.axis is None: return .5 * np.log(P / (2 * np.pi)) - .5 * P * (x - h / P) ** 2
-        L, m = self._factor(natural)
+        L, m = self._factor(natural) if factor is None else factor
         d = np.einsum("...ji,...j->...i", L, x - m)
         return np.sum(np.log(np.diagonal(L, axis1=-2, axis2=-1)) - .5 * d ** 2 - .5 * np.log(2 * np.pi), -1)
     def entropy(self, natural):
@@ -272,13 +272,17 @@ class Wishart(_TwoPoint):
         (nu, B), p = natural, self.shape[-1]
         return ((nu - p - 1) / 2 * np.linalg.slogdet(value)[1] - .5 * (B * np.swapaxes(value, -1, -2)).sum((-2, -1))
                 - nu * p / 2 * np.log(2) + nu / 2 * np.linalg.slogdet(B)[1] - multigammaln_(nu / 2, p))
-    def _logdet(self, natural):
+    def log_z(self, natural, of_B=None):
+        "Log of what the density is divided by."
         (nu, B), p = natural, self.shape[-1]
-        return digamma((nu[..., None] - np.arange(p)) / 2).sum(-1) + p * np.log(2) - np.linalg.slogdet(B)[1]
+        return nu * p / 2 * np.log(2) - nu / 2 * (np.linalg.slogdet(B)[1] if of_B is None else of_B) + multigammaln_(nu / 2, p)
+    def _logdet(self, natural, of_B=None):
+        (nu, B), p = natural, self.shape[-1]
+        return digamma((nu[..., None] - np.arange(p)) / 2).sum(-1) + p * np.log(2) - (np.linalg.slogdet(B)[1] if of_B is None else of_B)
     def entropy(self, natural):
         (nu, B), p = natural, self.shape[-1]
-        log_z = nu * p / 2 * np.log(2) - nu / 2 * np.linalg.slogdet(B)[1] + multigammaln_(nu / 2, p)
-        return float(np.sum(log_z - (nu - p - 1) / 2 * self._logdet(natural) + nu * p / 2))
+        of_B = np.linalg.slogdet(B)[1]
+        return float(np.sum(self.log_z(natural, of_B) - (nu - p - 1) / 2 * self._logdet(natural, of_B) + nu * p / 2))
     def statistics(self, natural): return {"logdet": self._logdet(natural), "x": self.mean(natural)}
     def moments(self, natural):
         X, p = self.mean(natural), self.shape[-1]

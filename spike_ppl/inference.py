@@ -662,7 +662,7 @@ def _spread(d, seed, chains):
     return out
 
 # %% ../nbs/06_inference.ipynb #712af6f4
-def _parameters(tree, model, draws):
+def parameters_at(tree, model, draws):
     "Derivation, and points of the parameters spread evenly over the posterior."
     roles = json.loads(tree.attrs["roles"])
     if model is None:
@@ -693,7 +693,7 @@ def _parameters(tree, model, draws):
     pick = np.unique(np.linspace(0, total - 1, min(draws, total)).round().astype(int))
     return d, [{k: flat[k][i] for k in names} for i in pick], flat[d.weights][pick] if d.weights in flat else None
 
-def _quadratics(d, points, weights):
+def quadratics_at(d, points, weights):
     "Quadratic functions of the units at every point; the weights may have been relabelled and count as they stand."
     for p, shift in zip(points, _weight_shifts(d, points, weights)):
         c, b, A = d.unit_quadratic(p)
@@ -710,7 +710,7 @@ def _rows_of(features):
     return x if hasattr(x, "shape") else np.asarray(x, float)
 
 # %% ../nbs/06_inference.ipynb #41208106
-class _NewSpikes:
+class NewSpikes:
     "Log-probability of every unit for new spikes, from the derived graph."
     def __init__(self, d, x):
         z, joint = d.assignments, d.joint
@@ -776,13 +776,13 @@ def log_density(
 ) -> xr.DataArray:     # nats, (spike,)
     "Log predictive density of each spike, averaged over the posterior and marginal over units."
     x = _rows_of(features)
-    d, points, weights = _parameters(fit, model, draws)
+    d, points, weights = parameters_at(fit, model, draws)
     total = np.full(len(x), -np.inf)
     if d.lowered:
         spikes = Spikes(x, cores)
-        for quadratic in _quadratics(d, points, weights): np.logaddexp(total, spikes.log_density(quadratic), out=total)
+        for quadratic in quadratics_at(d, points, weights): np.logaddexp(total, spikes.log_density(quadratic), out=total)
     else:
-        for logits in _NewSpikes(d, x)(points, weights): np.logaddexp(total, logsumexp(logits, axis=1), out=total)
+        for logits in NewSpikes(d, x)(points, weights): np.logaddexp(total, logsumexp(logits, axis=1), out=total)
     return _per_spike(features, total - np.log(len(points)), "log_density")
 
 # %% ../nbs/06_inference.ipynb #4068b426
@@ -800,13 +800,13 @@ def predict(
 ) -> xr.DataArray:     # probability, (spike, unit)
     "Probability of each unit for each spike, averaged over the posterior."
     x = _rows_of(features)
-    d, points, weights = _parameters(fit, model, draws)
+    d, points, weights = parameters_at(fit, model, draws)
     total = np.zeros((len(x), d.n_states))
     if d.lowered:
         spikes = Spikes(x, cores)
-        for quadratic in _quadratics(d, points, weights): total += spikes.soft(quadratic, responsibilities=True, statistics=False).spikes
+        for quadratic in quadratics_at(d, points, weights): total += spikes.soft(quadratic, responsibilities=True, statistics=False).spikes
     else:
-        for logits in _NewSpikes(d, x)(points, weights): total += softmax(logits, axis=1)
+        for logits in NewSpikes(d, x)(points, weights): total += softmax(logits, axis=1)
     unit = fit["posterior"].to_dataset().coords.get("unit")
     coords = {"unit": unit.values if unit is not None and unit.size == d.n_units else np.arange(d.n_units)}
     return _per_spike(features, _fold(d, total/len(points)), "unit_probability", ("spike", "unit"), coords)

@@ -142,17 +142,17 @@ def _from_array(x, max_draws):
 def _recover(fit, model, size, seed):
     "Assignments drawn again given draws of the parameters: labels (size, spike), position of each draw in its chain."
     from spike_ppl.passes import Spikes
-    from spike_ppl.inference import _parameters, _quadratics
+    from spike_ppl.inference import parameters_at, quadratics_at
     posterior = fit["posterior"].to_dataset()
     c, d = posterior.sizes["chain"], posterior.sizes["draw"]
     keep, rng = thinned(c * d, size), np.random.default_rng(seed)
-    derived, points, weights = _parameters(fit, model, size)
+    derived, points, weights = parameters_at(fit, model, size)
     if not derived.lowered:
         labels = [_sample(np.exp(l - l.max(1, keepdims=True)), 1, rng)[0] for l in map(derived.logits, points)]
     else:
         x = fit["observed_data"][roles(fit)["observed"]]
         spikes = Spikes(np.asarray(x.values, float))
-        labels = [_small(spikes.hard(q, rng.integers(2**64, dtype=np.uint64)).spikes) for q in _quadratics(derived, points, weights)]
+        labels = [_small(spikes.hard(q, rng.integers(2**64, dtype=np.uint64)).spikes) for q in quadratics_at(derived, points, weights)]
     return np.array(labels), keep // d, keep % d
 
 def _kept(fit):

@@ -25,6 +25,11 @@ def residual_power(
     return g, ((w - g[:, None, None] * template)**2).mean((1, 2))
 
 # %% ../nbs/12b_templates.ipynb #ed8f9e8b
+def median_window(windows):
+    "Median over the first axis, by sorting; `np.median` gathers each column anew."
+    y = np.sort(np.ascontiguousarray(windows.reshape(len(windows), -1).T), axis=1)
+    return ((y[:, (len(windows) - 1) // 2] + y[:, len(windows) // 2]) / 2).reshape(windows.shape[1:])
+
 def _shrunk(mean, n):
     "The mean (time, channel) of `n` windows, its singular values shrunk to what white noise of variance 1 / n leaves of them."
     u, s, v = np.linalg.svd(mean.astype(float), full_matrices=False)
@@ -41,7 +46,7 @@ def mean_template(
     most=1.4, # largest mean square that may be left of the middle spike; white noise leaves 1
 ): # (time, channel), or None
     "Mean of the windows that are not outlying, freed of noise, or None if what they share is not all there is in them."
-    m = np.median(w[::max(1, len(w) // 100)], 0)   # of so many, the median is sure enough to tell who is outlying
+    m = median_window(w[::max(1, len(w) // 100)])   # of so many, the median is sure enough to tell who is outlying
     _, left = residual_power(w, m)
     middle = np.median(left)
     if middle > most: return None
@@ -176,7 +181,7 @@ def mean_spike(
     w = cut_at(recording, times, np.zeros(len(times)), half + pad, half + pad)
     from scipy import fft
     spectrum, turn = fft.rfft(w, axis=1), 2j * np.pi * np.fft.rfftfreq(w.shape[1])
-    lags, mean = np.arange(-steps, steps + 1) / steps, np.median(w[::max(1, len(w) // 100)], 0)
+    lags, mean = np.arange(-steps, steps + 1) / steps, median_window(w[::max(1, len(w) // 100)])
     for _ in range(2):
         cross = np.einsum("nfc,fc->nf", spectrum, fft.rfft(mean, axis=0).conj())
         best = lags[(cross @ np.exp(turn[:, None] * lags)).real.argmax(1)]

@@ -17,7 +17,7 @@ __all__ = ['unit_colour', 'plain', 'traces', 'probe', 'spike', 'unit_waveforms',
 # %% ../nbs/08_plots.ipynb #2588a51b
 import numpy as np, xarray as xr
 from matplotlib.figure import Figure
-from matplotlib.colors import to_rgb, to_hex, LinearSegmentedColormap
+from matplotlib.colors import to_rgb, to_hex
 from matplotlib.collections import LineCollection, PolyCollection
 
 # %% ../nbs/08_plots.ipynb #09fcde85

@@ -18,12 +18,12 @@ __all__ = ['STEPS', 'neighbour_radius', 'find_spikes', 'shift_kernels', 'cut', '
            'save_waveforms', 'load_waveforms', 'read_yass']
 
 # %% ../nbs/02_waveforms.ipynb #701fb47b
-import json, os, shutil, uuid, warnings
+import json, os, shutil, uuid
 from pathlib import Path
 
 import numpy as np, xarray as xr
 
-from .recording import RecordingError, history, first_few, spread_stretches
+from .recording import history, spread_stretches
 
 # %% ../nbs/02_waveforms.ipynb #1cb0f3af
 def neighbour_radius(

@@ -162,6 +162,16 @@ def test_data_flow_forward(root, notebooks, settings):
     assert seen, "the chapters import one another"
 
 
+def test_no_chapter_uses_the_inside_of_another(root, notebooks, settings):
+    "What another chapter needs has a public name."
+    lib, rooms = settings["lib_name"], modules(notebooks)
+    for name in rooms:
+        for node in ast.walk(ast.parse((root / lib / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == lib):
+                inside = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
+                assert not inside, f"{name} imports {', '.join(inside)} from {node.module} (line {node.lineno}): give it a public name, or do without"
+
+
 def test_what_is_imported_is_required(root, settings):
     "A package that the code imports is in settings.ini: always, or in an extra when it is imported inside a function."
     from importlib.metadata import packages_distributions

@@ -16,7 +16,7 @@ __all__ = ['READERS', 'FLAT', 'RecordingError', 'RecordingWarning', 'read_geomet
            'check_recording', 'open_recording', 'demo_recording', 'standardise', 'hold', 'history']
 
 # %% ../nbs/01_recording.ipynb #36468a68
-import json, warnings
+import warnings
 from pathlib import Path
 
 import numpy as np

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, xarray as xr, pandas as pd
 
 # %% ../nbs/10_units.ipynb #a7fa9908
-from .plots import correlogram, plane
+from .plots import plane
 
 # %% ../nbs/10_units.ipynb #6a4f1936
 class Clustering:

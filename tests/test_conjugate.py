@@ -7,6 +7,7 @@ from pytensor.scalar.basic import Second
 from pytensor.tensor.elemwise import Elemwise
 from scipy import stats
 
+from spike_ppl import conjugate
 from spike_ppl.conjugate import NotConjugate, complete_conditional, conjugacy, derive
 
 
@@ -548,3 +549,103 @@ def test_conjugacy_is_a_table(x):
         pm.Normal("y", mu, sd, observed=x[:, 0])
     table = conjugacy(model)
     assert "Normal" in str(table) and "NUTS" in str(table) and "<table" in table._repr_html_()
+
+
+# ---- structures that were met before
+
+def _mixture(seed, n=60, K=3, D=2, sd=5., mean=None, stick=1., potential=False, prior="normal", **more):
+    "A Dirichlet-process mixture with arrays that differ from seed to seed."
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, D)) + 5 * rng.integers(0, K, size=(n, 1))
+    mean = x.mean(0) if mean is None else mean
+    with pm.Model(coords=dict(spike=np.arange(n), unit=np.arange(K), feature=np.arange(D))) as m:
+        c = pm.Gamma("c", 1., stick)
+        v = pm.Beta("v", 1., c, shape=K - 1)
+        w = pm.Deterministic("w", pt.concatenate([v, [1.]]) * pt.concatenate([[1.], pt.cumprod(1 - v)]))
+        mu = (pm.Normal("mu", mean, sd * x.std(0), dims=("unit", "feature"), **more) if prior == "normal" else
+              pm.Laplace("mu", mean, sd * x.std(0), dims=("unit", "feature")))
+        var = pm.InverseGamma("var", 3., 2. * x.var(0), dims=("unit", "feature"))
+        z = pm.Categorical("z", p=w, dims="spike")
+        pm.Normal("x", mu[z], pt.sqrt(var[z]), observed=x, dims=("spike", "feature"))
+        if potential: pm.Potential("extra", -pt.sum(mu ** 2))
+    return m
+
+def _agree(d, m):
+    "A derivation says of a model what one read in full says, and what the model itself says."
+    own = conjugate._derived(m, False, False)
+    for k, v in own.joint.initial.items(): np.testing.assert_array_equal(d.joint.initial[k], v)
+    assert list(d.joint.data) == list(own.joint.data) and all(d.joint.data[k] is v or np.array_equal(d.joint.data[k], v) for k, v in own.joint.data.items())
+    p = own.initial(3)
+    for a, b in zip(d.initial(3).values(), p.values()): np.testing.assert_array_equal(a, b)
+    count = np.bincount(p["z"], minlength=own.n_states).astype(float)
+    means = np.stack([own.data[p["z"] == k].mean(0) if count[k] else np.zeros(own.data.shape[1]) for k in range(own.n_states)])
+    s = count, means, np.stack([((own.data[p["z"] == k] - means[k]) ** 2).sum(0) for k in range(own.n_states)])
+    for name in own.parameters:
+        for a, b in zip(d.natural(name, p, s), own.natural(name, p, s)): np.testing.assert_array_equal(a, b)
+    for a, b in zip(d.unit_quadratic(p), own.unit_quadratic(p)): np.testing.assert_array_equal(a, b)
+    plain = conjugate.untransformed(m)
+    point = {k: np.asarray(p[k], plain[k].dtype) for k in p}
+    logp = conjugate.quick_function([plain.rvs_to_values[plain[k]] for k in point], [plain.logp(jacobian=False)])
+    np.testing.assert_allclose(d.log_joint(p, s), logp(*point.values())[0], rtol=1e-10)
+    at = {d.joint.free[k]: point[k] for k in point} | {d.joint.observed[k]: v for k, v in d.joint.data.items()}
+    total = sum(t.sum() for t in d.joint.terms.values())                      # the terms hold this model's arrays
+    np.testing.assert_allclose(total.eval(at, mode=conjugate.AS_WRITTEN, on_unused_input="ignore"), d.log_joint(p, s), rtol=1e-10)
+    for k, v in own.deterministics({k: np.asarray(v)[None] for k, v in p.items()}).items():
+        np.testing.assert_array_equal(d.deterministics({k: np.asarray(v)[None] for k, v in p.items()})[k], v)
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    monkeypatch.setattr(conjugate, "_met", []); monkeypatch.setattr(conjugate, "_plans", [])
+
+def test_the_third_model_of_a_structure_is_recognised_and_right(forgetful):
+    m3, m4 = _mixture(2, n=90), _mixture(3, n=60)
+    first, second, third, fourth = (derive(m) for m in (_mixture(0), _mixture(1, n=75), m3, m4))
+    assert first._met is None and second._met is None and third._met is not None and fourth._met is not None
+    assert third._plan is first._plan
+    _agree(third, m3); _agree(fourth, m4)
+
+def test_other_structures_are_never_recognised(forgetful):
+    for seed, n in ((0, 60), (1, 75)): derive(_mixture(seed, n=n))
+    assert derive(_mixture(2))._met is not None
+    others = dict(constant=dict(stick=2.), shape=dict(K=4), width=dict(D=3), potential=dict(potential=True), family=dict(prior="laplace"), start=dict(initval=np.ones((3, 2))))
+    for why, change in others.items():
+        m = _mixture(4, **change)
+        d = derive(m)
+        assert d._met is None, why
+        if why not in ("family", "potential"): _agree(d, m)
+    assert "mu" in derive(_mixture(5, prior="laplace")).others and "mu" in derive(_mixture(6, prior="laplace")).others and "mu" in derive(_mixture(7, prior="laplace")).others
+    _agree(derive(m := _mixture(8, n=61)), m)
+
+def test_a_length_that_only_ever_was_one_number_is_not_free(forgetful):
+    for seed in (0, 1): derive(_mixture(seed))
+    assert derive(_mixture(2))._met is not None
+    assert derive(_mixture(2, n=80))._met is None
+    assert (d := derive(m := _mixture(3, n=90)))._met is not None
+    _agree(d, m)
+
+def test_numbers_made_of_arrays_forbid_the_memory(forgetful):
+    "A number that PyMC may compute beforehand from an array is a number of one model."
+    def model(seed):
+        rng = np.random.default_rng(seed)
+        scale = pt.constant(rng.gamma(5., size=4))
+        with pm.Model() as m:
+            mu = pm.Normal("mu", 0., scale.sum())
+            pm.Normal("x", mu, 1., observed=rng.normal(size=30))
+        return m
+    for seed in range(4): assert derive(model(seed))._met is None
+
+def test_data_that_may_change_forbid_the_memory(forgetful):
+    for seed in range(4):
+        with pm.Model() as m:
+            mu = pm.Normal("mu", 0., 3.)
+            pm.Normal("x", mu, 1., observed=pm.Data("data", np.random.default_rng(seed).normal(size=30)))
+        assert derive(m)._met is None
+
+def test_arrays_that_look_alike_forbid_the_memory(forgetful):
+    "Which of two equal arrays a term holds cannot be told from one model."
+    for seed in range(4):
+        a = np.full(2, 1. + seed)
+        with pm.Model() as m:
+            mu = pm.Normal("mu", pt.constant(a), pt.constant(a.copy()))
+            pm.Normal("x", mu, 1., observed=np.random.default_rng(seed).normal(size=(30, 2)))
+        assert derive(m)._met is None

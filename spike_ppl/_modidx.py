@@ -290,6 +290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._Met': ('conjugate.html#_met', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._Met.__init__': ('conjugate.html#_met.__init__', 'spike_ppl/conjugate.py'),
+                                     'spike_ppl.conjugate._Met._form': ('conjugate.html#_met._form', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._Met._start': ('conjugate.html#_met._start', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._Met.believed': ('conjugate.html#_met.believed', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._Met.confirm': ('conjugate.html#_met.confirm', 'spike_ppl/conjugate.py'),

@@ -890,7 +890,7 @@ _VIEWS = ("ExpandDims", "DimShuffle", "Cholesky")
 class _Written:
     "A model as its random variables write it: graphs, and the leaves of the graphs that may differ between models of one structure."
     def __init__(self, model):
-        self.model = model
+        self.model, self.free = model, list(model.free_RVs)
         self.graphs = [*model.basic_RVs, *model.potentials, *model.deterministics]
         self.names = [[v.name for v in group] for group in (model.free_RVs, model.observed_RVs, model.basic_RVs, model.potentials, model.deterministics)]
         self.transforms = [type(model.rvs_to_transforms.get(rv)) for rv in model.free_RVs]
@@ -921,9 +921,12 @@ class _Written:
     def length(self, name): return int(self.lengths[name].get_value())
 
 class _Met:
-    "A structure that was read before: what a derivation of another model of it is made of, believed once it was right about one."
+    "A structure that was read before: what a derivation of another model of it is made of, believed once it was right about one. No model and no data are kept."
     def __init__(self, written, d):
-        self.written, self.plan, self.joint, self.trusted, self.loose = written, d._plan, d.joint, False, set()
+        self.plan, self.trusted, self.loose = d._plan, False, set()
+        self.inputs, self.transforms, self.order = (d.joint.free, d.joint.observed), d.joint.transforms, list(d.joint.initial)
+        self.form = self._form(written)
+        self.written = copy(written); self.written.model = self.written.data = None
         same = lambda a, b: a.size == b.size and np.array_equal(a.ravel(), b.ravel())
         found = {k: [i for i, v in enumerate(written.arrays) if same(v.data, value)] for k, value in d._constants.items()}
         self.usable = all(len(i) == 1 for i in found.values()) and all(value.size > 1 for value in d._constants.values())
@@ -934,9 +937,9 @@ class _Met:
         mine = self.written
         if mine.names != other.names or mine.transforms != other.transforms or list(mine.lengths) != list(other.lengths) or len(mine.leaves) != len(other.leaves): return False
         if [type(a) for a in mine.leaves] != [type(b) for b in other.leaves] or [v.data.shape for v in mine.arrays] != [v.data.shape for v in other.arrays]: return False
-        form = lambda w: [(d.dtype, d.shape[1:] if self.plan.lowered else d.shape) for d in w.data.values()]
-        return form(mine) == form(other) and equal_computations(mine.graphs, other.graphs, mine.leaves, other.leaves)
+        return self.form == self._form(other) and equal_computations(mine.graphs, other.graphs, mine.leaves, other.leaves)
 
+    def _form(self, written): return [(d.dtype, d.shape[1:] if self.plan.lowered else d.shape) for d in written.data.values()]
     def constants(self, written): return {k: written.arrays[i].data.reshape(shape) for k, (i, shape) in self.source.items()}
 
     def confirm(self, written, d):
@@ -956,7 +959,7 @@ class _Met:
         from pymc.initial_point import make_initial_point_expression
         w = self.written
         inputs = [v.type(f"leaf_{i}") for i, v in enumerate((*w.arrays, *w.lengths.values()))]
-        free = clone_replace(list(w.model.free_RVs), dict(zip((*w.arrays, *w.lengths.values()), inputs)), rebuild_strict=False)
+        free = clone_replace(w.free, dict(zip((*w.arrays, *w.lengths.values()), inputs)), rebuild_strict=False)
         values = make_initial_point_expression(free_rvs=free, rvs_to_transforms={}, initval_strategies={}, return_transformed=False)
         found = {v.name: v for v in ancestors(values) if v.owner is None and not isinstance(v, Constant)}
         if not set(found) <= {v.name for v in inputs}: return None
@@ -966,8 +969,8 @@ class _Met:
         "Name -> initial value in natural space."
         if self._start is None: return None
         values = self._start(*(v.data for v in written.arrays), *(v.get_value() for v in written.lengths.values()))
-        values = dict(zip((rv.name for rv in written.model.free_RVs), map(np.asarray, values)))
-        return {k: values[k] for k in self.joint.initial}            # in the order of the first, by which random points are drawn
+        values = dict(zip((rv.name for rv in written.free), map(np.asarray, values)))
+        return {k: values[k] for k in self.order}            # in the order of the first, by which random points are drawn
 
     def believed(self, written):
         "Whether nothing in a model of the structure differs that was not seen to differ."
@@ -976,8 +979,8 @@ class _Met:
     def derivation(self, written):
         "The derivation of a model of the structure."
         constants, plan = self.constants(written), self.plan
-        transforms = {rv.name: (written.model.rvs_to_transforms.get(rv), self.joint.transforms[rv.name][1]) for rv in written.model.free_RVs}
-        joint = LogJoint(written.model, self.joint.free, self.joint.observed, written.data, _Terms(plan, constants), self.initial(written), transforms)
+        transforms = {rv.name: (written.model.rvs_to_transforms.get(rv), self.transforms[rv.name][1]) for rv in written.free}
+        joint = LogJoint(written.model, *self.inputs, written.data, _Terms(plan, constants), self.initial(written), transforms)
         d = Derivation(joint, plan, constants)
         d._met = self
         return d
@@ -994,7 +997,6 @@ class _Terms(Mapping):
     def __len__(self): return len(self._plan.terms)
 
 _met = []
-
 
 # %% ../nbs/05_conjugate.ipynb #d6cf0ce4
 def derive(

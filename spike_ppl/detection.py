@@ -226,8 +226,6 @@ def _peaks(score, window, threshold, start, stop):
         if best: out.append(t)
     return np.array(out)
 
-BLOCK = 8192   # samples of a Fourier transform: short enough for the cache
-
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
 def _projected(y, shapes, total, main):
     "Energy of traces (channel, time) in all shapes and in the first, from each sample; the shapes' width is a multiple of 8."

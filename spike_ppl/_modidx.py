@@ -748,6 +748,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'spike_ppl.families._TwoPoint.expect': ('families.html#_twopoint.expect', 'spike_ppl/families.py'),
                                     'spike_ppl.families._TwoPoint.moment_inputs': ( 'families.html#_twopoint.moment_inputs',
                                                                                     'spike_ppl/families.py'),
+                                    'spike_ppl.families._TwoPoint.slopes': ('families.html#_twopoint.slopes', 'spike_ppl/families.py'),
                                     'spike_ppl.families.gradient': ('families.html#gradient', 'spike_ppl/families.py'),
                                     'spike_ppl.families.hessian_blocks': ('families.html#hessian_blocks', 'spike_ppl/families.py'),
                                     'spike_ppl.families.multigammaln_': ('families.html#multigammaln_', 'spike_ppl/families.py')},

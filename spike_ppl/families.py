@@ -132,6 +132,10 @@ class Normal(Family):
 # %% ../nbs/04a_families.ipynb #5ad7dea9
 class _TwoPoint(Family):
     "Expectations by two equally weighted nodes per element."
+    def slopes(self, f, v, base):
+        "First and second derivative of every element, at `base`."
+        first = gradient(f, v)
+        return clone_replace([first, gradient(first.sum(), v)], {v: base}, rebuild_strict=False)
     def moment_inputs(self, v, name): return [v.type(name + "_plus"), v.type(name + "_minus")]
     def expect(self, f, v, inputs):
         plus, minus = inputs
@@ -142,8 +146,7 @@ class Gamma(_TwoPoint):
     "Gamma(shape, rate): log density (shape - 1) log v - rate v."
     name, fields = "Gamma", ("shape", "rate")
     def read(self, f, v, base):
-        d1 = gradient(f, v); d2 = gradient(d1.sum(), v)
-        p, q = clone_replace([d1, d2], {v: base}, rebuild_strict=False)
+        p, q = self.slopes(f, v, base)
         a = -base ** 2 * q
         return [a + 1, a / base - p]
     def mean(self, natural): return natural[0] / natural[1]
@@ -170,8 +173,7 @@ class InverseGamma(Gamma):
     "InverseGamma(shape, scale): log density -(shape + 1) log v - scale / v."
     name, fields = "InverseGamma", ("shape", "scale")
     def read(self, f, v, base):
-        d1 = gradient(f, v); d2 = gradient(d1.sum(), v)
-        p, q = clone_replace([d1, d2], {v: base}, rebuild_strict=False)
+        p, q = self.slopes(f, v, base)
         p, q = base * p, base ** 2 * q
         b = -base * (p + q)
         return [b / base - p - 1, b]
@@ -191,8 +193,7 @@ class Beta(_TwoPoint):
     "Beta(a, b): log density (a - 1) log v + (b - 1) log(1 - v)."
     name, fields = "Beta", ("a", "b")
     def read(self, f, v, base):
-        d1 = gradient(f, v); d2 = gradient(d1.sum(), v)
-        p, q = clone_replace([d1, d2], {v: base}, rebuild_strict=False)
+        p, q = self.slopes(f, v, base)
         b = -(q + p / base) * base * (1 - base) ** 2
         return [base * (p + b / (1 - base)) + 1, b + 1]
     def mean(self, natural): return natural[0] / (natural[0] + natural[1])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 # %% ../nbs/12e_clustering.ipynb #ab762199
-from .recording import RecordingError
+from .recording import RecordingError, spread_stretches
 from .scale import model_lock, cpu_clock
 from .detection import Peaks, cut_at, find
 from .templates import half_window, join_same, mean_template, median_window, residual_power, template_distances
@@ -100,6 +100,14 @@ def fit_features(
     return fit, np.where(z == outlier, -1, z) if outlier is not None else z
 
 # %% ../nbs/12e_clustering.ipynb #7cf06db4
+def _usual_power(recording, width, seed):
+    "Median mean square of windows of `width` samples that stand anywhere: 1 in white noise, more where other spikes are seldom absent."
+    out = []
+    for start, stop in spread_stretches(recording.get_num_samples(0), 50 * width, 20, seed):
+        x = np.square(recording.get_traces(start_frame=start, end_frame=stop)).mean(1)
+        out.append(x[:len(x) // width * width].reshape(-1, width).mean(1))
+    return float(np.median(np.concatenate(out)))
+
 def _principal(x, n_features, edge=None):
     "Mean and principal directions (feature, time * channel) of windows, from spikes that are not outlying."
     x = x.reshape(len(x), -1)
@@ -324,7 +332,8 @@ def resolve(
     seconds = n_total / rate
     stages.begin("cluster")
     wide = int(.003 * rate)
-    fits, templates, counts = _all_clusters(white, peaks, shapes, model, method, seed, truncation, wide, fewest=fewest, smallest=smallest, **options)
+    busy = _usual_power(white, 2 * wide + 1, seed)
+    fits, templates, counts = _all_clusters(white, peaks, shapes, model, method, seed, truncation, wide, fewest=fewest, smallest=smallest, most_power=max(1.4, 1.2 * busy), **options)
     if not len(templates): raise RecordingError(f"No units found among {len(peaks.sample_index)} spikes: no cluster of at least {fewest} spikes stands out from the noise. Record longer, or lower threshold or fewest.")
     kept, counts = join_same(templates, counts, 3.)
     templates = templates[kept]

@@ -1,11 +1,12 @@
 """Open any extracellular recording, refuse a broken one in plain words, and bring its channels to one scale without moving a single spike.
 
-A sorting is only as good as the voltages it starts from. This chapter has four doors:
+A sorting is only as good as the voltages it starts from. This chapter has five doors:
 
 - `open_recording` turns a path into a SpikeInterface recording with electrode positions, whatever the format;
 - `check_recording` looks for what would silently spoil a sorting: NaN samples, dead channels, two electrodes at one place;
 - `demo_recording` simulates a recording whose spikes are known, for every later chapter and for the tests;
-- `standardise` filters and scales: afterwards, one unit of voltage is one standard deviation of the noise.
+- `standardise` filters and scales: afterwards, one unit of voltage is one standard deviation of the noise;
+- `find_artefacts` says which stretches no neuron made.
 
 Nothing here wraps SpikeInterface: what comes back is a `BaseRecording`, and every SpikeInterface function works on it."""
 
@@ -13,7 +14,7 @@ Nothing here wraps SpikeInterface: what comes back is a `BaseRecording`, and eve
 
 # %% auto #0
 __all__ = ['READERS', 'FLAT', 'RecordingError', 'RecordingWarning', 'read_geometry', 'check_positions', 'make_probe', 'hexagon',
-           'check_recording', 'open_recording', 'demo_recording', 'standardise', 'hold', 'history']
+           'check_recording', 'open_recording', 'demo_recording', 'standardise', 'hold', 'history', 'find_artefacts']
 
 # %% ../nbs/01_recording.ipynb #36468a68
 import warnings
@@ -517,3 +518,34 @@ def history(
         r = r.get_parent()
         if r is not None and (kept := r.get_annotation("history")) is not None: return list(kept) + steps[::-1]
     return steps[::-1]
+
+# %% ../nbs/01_recording.ipynb #a9e1c002
+def find_artefacts(
+    recording, # standardised recording
+    level=8., # noise sd; what nine channels of ten must reach
+    part=.5, # of the largest channel; the same
+    reach=120., # µm between the outermost channels: on a smaller probe one neuron may be large on all channels
+    lasting=20., # noise sd; what half of the channels of a smaller probe must reach for 3 of 5 ms
+    quiet=4., # noise sd; a stretch goes on until half of the channels are below, for filters ring on
+    guard=2.5, # ms added on either side
+    n_jobs=1, # threads
+): # (stretch,), dtype `base_period_dtype`: what SpikeInterface's `silence_periods` takes
+    "Stretches in which all channels are large at the same time, as no neuron makes them."
+    from spikeinterface.core.base import base_period_dtype
+    from concurrent.futures import ThreadPoolExecutor
+    from scipy.ndimage import binary_dilation, binary_propagation
+    rate, n, xy = recording.get_sampling_frequency(), recording.get_num_samples(0), recording.get_channel_locations()
+    block = max(1, int(5e-4 * rate))
+    size = 2000 * block
+    def largest(start):
+        x = np.abs(np.asarray(recording.get_traces(start_frame=start, end_frame=min(n, start + size)), "float32"))
+        return np.pad(x, ((0, -len(x) % block), (0, 0))).reshape(-1, block, x.shape[1]).max(1)
+    with ThreadPoolExecutor(n_jobs) as pool: top = np.concatenate(list(pool.map(largest, range(0, n, size))))
+    middle = np.median(top, axis=1)
+    if np.linalg.norm(np.ptp(xy, axis=0)) > reach: bad = np.quantile(top, .1, axis=1, method="lower") > np.maximum(level, part * top.max(1))
+    else: bad = binary_dilation(np.convolve(middle > lasting, np.ones(10, int), "same") >= 6, np.ones(10))
+    bad = binary_dilation(binary_propagation(bad, mask=bad | (middle > quiet)), np.ones(2 * int(np.ceil(guard * 1e-3 * rate / block)) + 1))
+    edges = np.flatnonzero(np.diff(np.r_[0, bad, 0]))
+    out = np.zeros(len(edges) // 2, base_period_dtype)
+    out["start_sample_index"], out["end_sample_index"] = edges[::2] * block, np.minimum(edges[1::2] * block, n)
+    return out

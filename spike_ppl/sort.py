@@ -2,7 +2,7 @@
 
 Once the noise of a recording is white, everything is plain geometry in noise standard deviations. So the whole way is:
 
-1. **whiten** the noise over time and channels,
+1. **whiten** the noise over time and channels, and leave out the stretches that no neuron made ([artefacts](01_recording.ipynb)),
 2. **find** spikes by their energy in the subspace of spike shapes,
 3. **cluster** the clear ones: principal components, then a PyMC mixture fitted by `inference.fit`,
 4. **match** templates over the whole recording, so that collisions come apart,
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 # %% ../nbs/13_sort.ipynb #cbf8cc8b
-from .recording import RecordingError, standardise, open_recording, demo_recording, hold
+from .recording import RecordingError, standardise, open_recording, demo_recording, find_artefacts, hold
 from .scale import MissingParts, missing_parts, neighbourhoods, part_seed, share_of, sort_in_parts, Found, templates_of, cpu_clock, use_since
 from .detection import Peaks, Shapes, attributes_of, cut_at, decorrelate, find, learn_shapes, made_classes, made_when_asked, whitening_filter
 from .templates import half_window, mean_spike
@@ -73,12 +73,13 @@ class Sort:
         fits=None, # of every area; of parts: one per neighbourhood, if a folder was given to keep them
         neighbourhoods=None, # what each neighbourhood's job reported, if it was sorted in parts
         drift=None, # `Drift` of the tissue along the probe, if any was seen
+        artefacts=None, # stretches left out, as `find_artefacts` says
         learned=None, # what a last pass over several neighbourhoods may use: dict of arrays (template, ...): template, in whitened space, n_spikes, unit
     ):
         self.labels, self.waveforms, self.features, self.recording = labels, waveforms, features, recording
         self.fit, self.fits = fit, [f for f in [fit] if f is not None] if fits is None else fits
         self.settings, self.timings, self.neighbourhoods = settings or {}, timings or {}, neighbourhoods or []
-        self.learned, self.drift = learned or {}, drift
+        self.learned, self.drift, self.artefacts = learned or {}, drift, artefacts
 
     @property
     def probability(self): return self.labels["probability"]
@@ -107,6 +108,17 @@ class Sort:
         return f"Sort: {n:,} spikes of {len(self.units)} units, {len(self.labels) - n:,} spikes of none"
 
 # %% ../nbs/13_sort.ipynb #c0549439
+def _white(standard, taps, artefacts, memory, n_jobs):
+    "The decorrelated recording, silent in artefacts."
+    from spikeinterface.preprocessing import silence_periods
+    white = decorrelate(standard, taps)
+    return hold(silence_periods(white, artefacts, mode="zeros") if len(artefacts) else white, memory=memory / 2, n_jobs=n_jobs)
+
+def _inside(sample_index, artefacts):
+    "Which samples lie in an artefact."
+    i = np.searchsorted(artefacts["start_sample_index"], sample_index, side="right") - 1
+    return (i >= 0) & (sample_index < artefacts["end_sample_index"][i]) if len(artefacts) else np.zeros(len(sample_index), bool)
+
 def _check_settings(model, method, **numbers):
     "Refuse what cannot work before anything is read."
     if method not in METHODS: raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}.")
@@ -151,7 +163,8 @@ def sort(
         stages.begin("standardise")
         standard = hold(standardise(recording, freq_min=freq_min, freq_max=settings["freq_max"], seed=seed), memory=memory / 2, n_jobs=n_jobs)
         stages.begin("whiten")
-        white = hold(decorrelate(standard, keep("whiten", lambda: whitening_filter(standard, seed=seed))), memory=memory / 2, n_jobs=n_jobs)
+        artefacts = find_artefacts(standard, n_jobs=n_jobs)
+        white = _white(standard, keep("whiten", lambda: whitening_filter(standard, seed=seed)), artefacts, memory, n_jobs)
         bar = stages.begin("find spikes")
         def first():
             shapes = learn_shapes(white, seed=seed)
@@ -166,6 +179,7 @@ def sort(
         fits, matched, bank, left = keep("units", lambda: resolve(white, peaks, shapes, stages, model, method, seed, n_jobs, truncation, rounds, smallest, fewest, options, leftovers, drift))
         stages.begin("label")
         labels = _labels(standard, white, matched, bank, left, rate)
+        labels = labels[~_inside(labels["sample_index"].values, artefacts)]
         fit, features, rows = max(fits, key=lambda f: len(f[2]))
         w = _waveforms(recording, standard, labels, memory, seed) if waveforms else None
         x = xr.DataArray(features, dims=("spike", "feature"), name="features", attrs=dict(sampling_rate=rate, noise_variance=1.), coords=dict(feature=[f"w_l{i}" for i in range(features.shape[1])],
@@ -173,7 +187,7 @@ def sort(
         if "observed_data" in fit.children: fit["observed_data"] = fit["observed_data"].to_dataset().assign_coords(sample_index=x["sample_index"])
     finally: stages.end()
     learned = dict(template=bank.templates.transpose(0, 2, 1), n_spikes=matched.counts, unit=_unit_numbers(bank, standard.get_channel_locations()))
-    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits], learned=learned, drift=drift)
+    return Sort(labels, w, x, fit, standard, settings, stages.times, [f[0] for f in fits], learned=learned, drift=drift, artefacts=artefacts)
 
 # %% ../nbs/13_sort.ipynb #f55e046b
 def _nearest(known, wanted, within):
@@ -248,7 +262,8 @@ class LastPass:
             stages.begin("standardise")
             standard = hold(standardise(recording, freq_min=o["freq_min"], freq_max=o["freq_max"] or .45 * rate, seed=seed), memory=o["memory"] / 2, n_jobs=o["n_jobs"])
             stages.begin("whiten")
-            white = hold(decorrelate(standard, whitening_filter(standard, seed=seed)), memory=o["memory"] / 2, n_jobs=o["n_jobs"])
+            artefacts = find_artefacts(standard, n_jobs=o["n_jobs"])
+            white = _white(standard, whitening_filter(standard, seed=seed), artefacts, o["memory"], o["n_jobs"])
             shapes = learn_shapes(white, seed=seed)
             stages.begin("templates")
             units, before = self._units(white, task, rate, n_total)
@@ -269,7 +284,7 @@ class LastPass:
             columns = [np.r_[(matched.start + samples_to_trough(standard, matched, bank)[matched.template])[mine], peaks.sample_index[lone]], np.r_[z[mine], np.full(len(q), -1)],
                 np.r_[np.clip(matched.probability[mine].astype(float), 0, 1), q], np.r_[np.maximum(matched.entropy[mine].astype(float), 0), -q * np.log(q) - (1 - q) * np.log(1 - q)],
                 np.array(ids)[np.r_[mains[z[mine]], peaks.channel[lone]]]]
-            keep = (columns[0] >= 0) & (columns[0] < n_total)
+            keep = (columns[0] >= 0) & (columns[0] < n_total) & ~_inside(columns[0], artefacts)
             few = [i for i in own if (columns[1] == i).sum() < o["fewest"]]
             keep &= ~np.isin(columns[1], few)
             order = np.lexsort((columns[1], columns[0])); order = order[keep[order]]
@@ -381,7 +396,8 @@ def _into(self:Sort, folder, arguments=None, status="done", report=True):
     if self.waveforms is not None: save_waveforms(self.waveforms, folder/"waveforms.zarr", overwrite=True)
     if report: _write(folder/"report.html", make_report(self, arguments, status))
     write_run(folder, arguments, status, settings=self.settings, timings=self.timings, spikes=int((self.labels.values >= 0).sum()), unassigned=int((self.labels.values < 0).sum()), units=len(self.units),
-        **({"neighbourhoods": self.neighbourhoods} if self.neighbourhoods else {}), **({"drift": {k: np.asarray(v).tolist() for k, v in self.drift._asdict().items()}} if self.drift else {}))
+        **({"neighbourhoods": self.neighbourhoods} if self.neighbourhoods else {}), **({"drift": {k: np.asarray(v).tolist() for k, v in self.drift._asdict().items()}} if self.drift else {}),
+        **({"artefacts": self.artefacts[["start_sample_index", "end_sample_index"]].tolist()} if self.artefacts is not None else {}))
 
 def write_run(folder, arguments=None, status="running", **more):
     "run.json: how the result came about."
@@ -442,10 +458,15 @@ def load_sort(
     if recording is not None and not recording.get_annotation("standardised"):
         recording = standardise(recording, freq_min=settings.get("freq_min", 300.), freq_max=settings.get("freq_max"), seed=settings.get("seed", 0))
     drift = Drift(*(np.asarray(run["drift"][k]) for k in ("sample_index", "depth")), run["drift"]["axis"]) if "drift" in run else None
+    artefacts = None
+    if "artefacts" in run:
+        from spikeinterface.core.base import base_period_dtype
+        artefacts = np.zeros(len(run["artefacts"]), base_period_dtype)
+        artefacts["start_sample_index"], artefacts["end_sample_index"] = np.reshape(run["artefacts"], (-1, 2)).T
     fit = _read_fit(folder/"fit.nc") if (folder/"fit.nc").is_file() else None
     fits = KeptFits(folder/"fits") if (folder/"fits").is_dir() else None
     return Sort(labels, load_waveforms(folder/"waveforms.zarr") if (folder/"waveforms.zarr").is_dir() else None,
-        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, settings, run.get("timings", {}), fits, neighbourhoods=run.get("neighbourhoods"), drift=drift)
+        load_features(folder/"features.nc") if (folder/"features.nc").is_file() else None, fit, recording, settings, run.get("timings", {}), fits, neighbourhoods=run.get("neighbourhoods"), drift=drift, artefacts=artefacts)
 
 # %% ../nbs/13_sort.ipynb #74b11a9c
 def _png(figure):
@@ -485,6 +506,9 @@ def make_report(
             if shown[c].dtype.kind == "f": shown[c] = [f"{v:.3g}" if np.isfinite(v) else "" for v in shown[c]]
         sections.append("<h2>Units</h2>" + shown.to_html(border=0) + "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in says.items()) + "</dl>")
     if result.drift is not None: sections.append(f"<p>The tissue moved along the probe, by about {result.drift.range:.0f} µm or more; parts of one unit at different depths were joined.</p>")
+    if result.artefacts is not None and len(result.artefacts):
+        left_out = (result.artefacts["end_sample_index"] - result.artefacts["start_sample_index"]).sum() / rate
+        sections.append(f"<p>{len(result.artefacts):,} stretches, {left_out:.2f} s in all, were left out as artefacts: all channels were large at the same time.</p>")
     sure = result.probability.values[z >= 0]
     if n: sections.append(f"<p>Of the {n:,} spikes, {100 * (sure > .99).mean():.1f} % are of their unit with a probability above 0.99 and {100 * (sure < .9).mean():.1f} % with one below 0.9; "
         f"by these probabilities {100 * (1 - sure.mean()):.2f} % of them are expected to be in the wrong unit.</p>")

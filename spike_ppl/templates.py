@@ -117,15 +117,20 @@ def template_distances(
     a, b, c = (np.take_along_axis(fine, at + i, -1)[..., 0].astype(float) for i in (-1, 0, 1))
     bend = a - 2 * b + c
     top = np.maximum(cross.max((1, 3)), b - np.where(bend < 0, (a - c)**2 / (8 * np.where(bend < 0, bend, -1)), 0))
-    cosine = np.clip(top / (norm[:, None] * norm[None]), -1, 1)
     lag = cross.max(1).argmax(-1) - reach
+    sofar = np.pad(np.cumsum((x**2).sum(1, dtype=float), axis=1), ((0, 0), (1, 0)))      # squared length up to each sample
+    early, late, row = np.maximum(lag, 0), T + np.minimum(lag, 0), np.arange(K)
+    both = np.stack([sofar[row[:, None], late] - sofar[row[:, None], early], sofar[row, T - early] - sofar[row, T - late]])      # of either, where the two overlap
+    whole = np.stack(np.broadcast_arrays(norm[:, None]**2, norm**2))
+    both = np.where((both > .9 * whole).all(0), both, whole)
+    cosine = np.clip(top / np.sqrt(both[0] * both[1]), -1, 1)
     ratio = norm[:, None] / norm[None]
     noise, rank = noise_left(templates, counts)
     noise = noise[:, None] + noise[None]
     lost = np.sqrt(T * C) / np.maximum(counts, 1)      # length of what white noise just hides, squared: a rare unit's mean may lack what a frequent one's shows
     more = np.maximum(rank[None] - rank[:, None], 0)
     noise = noise + more * lost[:, None] + more.T * lost[None]
-    d = np.sqrt(np.maximum(np.minimum(norm[:, None], norm[None])**2 * (1 - cosine**2) - noise, 0))
+    d = np.sqrt(np.maximum(both.min(0) * (1 - cosine**2) - noise, 0))
     d[(ratio < .6) | (ratio > 1 / .6) | (cosine < .3)] = np.inf
     np.fill_diagonal(d, np.inf)
     return np.minimum(d, d.T), lag

@@ -13,6 +13,7 @@ Modules:
 - `spike_ppl.clustering`: From found spikes to units: a PyMC mixture of the clear spikes of each area, matching, and a second look at each unit with everything else subtracted.
 - `spike_ppl.clusters`: What is known of a clustering of spikes, lined up: labels, times and waveforms; the template of each unit and how sure it is; and which units look alike.
 - `spike_ppl.comparison`: How well does a fit predict, against which other, and how much of it did the prior say?
+- `spike_ppl.conditionals`: The distribution of one variable of a PyMC model given all others and the data, read off the model's own log-probability and checked against it.
 - `spike_ppl.conjugate`: Gibbs and variational updates read off a PyMC model's own log-probability, by symbolic differentiation and enumeration.
 - `spike_ppl.convergence`: Did the algorithm find the posterior at all? Chains compared by what does not depend on the names of units.
 - `spike_ppl.criticism`: Should I trust this sort? Convergence, predictive checks, comparison, calibration, and a verdict in plain words.
@@ -31,6 +32,7 @@ Modules:
 - `spike_ppl.models`: Mixture models of spikes, written in PyMC so that they can be read, changed and criticised.
 - `spike_ppl.partition`: Which spikes belong together, how many units there are, and how sure the posterior is of both.
 - `spike_ppl.passes`: Everything that inference asks of the data, in one pass that holds little memory and gives the same bits on any number of threads; and a partition to start from.
+- `spike_ppl.plan`: What inference needs of a model's structure, derived and compiled once for all data; and a few weighted rows that stand for all spikes of a unit.
 - `spike_ppl.plots`: Every figure of the package, one function each: `ax` in, `ax` out.
 - `spike_ppl.predictive`: Would data simulated from the posterior look like the recording? And would data simulated from the prior?
 - `spike_ppl.projection`: From waveforms to a few features per channel: an autoencoder, principal components, and what the noise has to do with it.
@@ -38,6 +40,7 @@ Modules:
 - `spike_ppl.recording`: Open any extracellular recording, refuse a broken one in plain words, and bring its channels to one scale without moving a single spike.
 - `spike_ppl.scale`: From seven channels to ten thousand: neighbourhoods of channels as independent jobs, run in process, on threads, on processes or on a Dask cluster, and joined by evidence.
 - `spike_ppl.sort`: The main job: a recording goes in, units come out, each spike with the probability that it is of its unit.
+- `spike_ppl.structure`: Whether a model is one that was met before, with other numbers in it: recognised by the graph of its random variables, and believed only after it was found right.
 - `spike_ppl.templates`: A unit's mean waveform freed of noise, how far apart two of them are, and when two are one.
 - `spike_ppl.units`: From clusters to neurons: sorted units, with all that is known of them, handed to SpikeInterface, Phy and NWB.
 - `spike_ppl.variational`: Coordinate ascent on the model's own bound, over batches whose statistics are remembered, with moves that split, merge, empty and sort units.

@@ -174,9 +174,9 @@ def random_point(joint, families, rng):
     "A random point of the natural space; variables without a family stay at their initial value."
     return {k: (families[k].generic(v, rng) if k in families else v) for k, v in joint.initial.items()}
 
-def enumerated_logits(terms, joint, name, v, family):
-    "Sum of terms (name -> graph) at every value of a finite discrete variable, the values last."
-    return pt.moveaxis(add_up(_enumerated(t, v, family, row_owner(joint, name, family, k)) for k, t in terms.items()), 0, -1)
+def enumerated_logits(terms, v, family, owner):
+    "Sum of terms (name -> graph) at every value of a finite discrete variable, the values last; `owner` gives a term's `row_owner` by its name."
+    return pt.moveaxis(add_up(_enumerated(t, v, family, owner(k)) for k, t in terms.items()), 0, -1)
 
 def _read(joint, name, family):
     "Natural parameters of `name` in a candidate family, as graphs of the other variables."
@@ -185,7 +185,7 @@ def _read(joint, name, family):
     if isinstance(family, FiniteDiscrete):
         short = [k for k in joint.depends(name) if joint.terms[k].ndim < v.ndim]
         if short: raise NotConjugate(name, "finite discrete", f"the terms {short} do not keep its elements apart")
-        return [enumerated_logits({k: joint.terms[k] for k in joint.depends(name)}, joint, name, v, family)]
+        return [enumerated_logits({k: joint.terms[k] for k in joint.depends(name)}, v, family, lambda k: row_owner(joint, name, family, k))]
     base, rng = _generic_base(joint, name)
     return family.read(total_of(terms), v, pt.constant(family.generic(base, rng), dtype=v.dtype) if not isinstance(family, Wishart) else pt.constant(base))
 

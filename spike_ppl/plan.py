@@ -12,6 +12,7 @@ weighted rows with the same sums, the **pseudo-spikes**, so that an update costs
 __all__ = ['pseudo_spikes', 'Plan', 'plan_of']
 
 # %% ../nbs/04d_plan.ipynb #6b30077e
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -83,7 +84,7 @@ class Plan:
         self.joint, self.terms, self.constants = joint, terms, constants
         self.free, self.observed = joint.free, joint.observed
         self.depends = {k: {n for n, v in self.free.items() if v in set(ancestors([t]))} for k, t in terms.items()}
-        self.family, self.others, self.compiled = {}, {}, {}
+        self.family, self.others, self.compiled, self._owners = {}, {}, {}, {}
         for name in self.free:
             try: self.family[name] = complete_conditional(joint, name).family_
             except NotConjugate as e:
@@ -96,6 +97,27 @@ class Plan:
         if not self.lowered:
             self.joint = whole
             self.family = {k: resized(f, whole.initial[k].shape) for k, f in self.family.items()}
+        self.transforms = joint.transforms
+        self.shapes, self.data_shapes = ({k: v.shape for k, v in d.items()} for d in (self.joint.initial, self.joint.data))
+        self._let_go()
+
+    def _let_go(self):
+        "Forget the first model and its data: what is needed of them later is found out now, or is a few rows."
+        if self.lowered:
+            own = lambda d: {k: np.array(v) for k, v in d.items()}
+            self.joint = replace(self.joint, model=None, data=own(self.joint.data), initial=own(self.joint.initial))
+            return
+        for name, f in self.family.items():
+            if isinstance(f, FiniteDiscrete):
+                for k in self.terms:
+                    if name in self.depends[k]: self.owner(name, k)
+        self.joint = None
+
+    def owner(self, name, term):
+        "`row_owner` of a finite discrete variable and a term, found once."
+        key = name, term
+        if key not in self._owners: self._owners[key] = row_owner(self.joint, name, self.family[name], term)
+        return self._owners[key]
 
     # ---- structure
     def _find_assignments(self):
@@ -224,7 +246,7 @@ class Plan:
             for k in vectors:
                 t = vectorize_graph(t, {self.free[k]: value_grid(self.free[k], self.family[k])})
                 q = pt.moveaxis(self.moments[k][0], -1, 0)
-                if (owner := row_owner(self.joint, k, self.family[k], term)) is not None:
+                if (owner := self.owner(k, term)) is not None:
                     q = pt.switch(pt.constant(owner >= 0), q[:, np.maximum(owner, 0)], 1. / self.family[k].n_values)
                 p = q if p is None else pt.expand_dims(q, tuple(range(1, p.ndim - self.free[k].ndim + 1))) * p
             f = (p * t).sum()
@@ -279,7 +301,7 @@ class Plan:
         return fam.read(f, self.free[name], self.base[name], total_of([c[k] for k in self.terms if name in self.depends[k]]))
 
     def build_logits(self, name):
-        return [enumerated_logits({k: t for k, t in self.terms.items() if name in self.depends[k]}, self.joint, name, self.free[name], self.family[name])]
+        return [enumerated_logits({k: t for k, t in self.terms.items() if name in self.depends[k]}, self.free[name], self.family[name], lambda k: self.owner(name, k))]
 
     def build_expected_natural(self, name):
         "Natural parameters of the optimal q(name) given the moments of the others."
@@ -336,10 +358,10 @@ def plan_of(
     ins = [*joint.free.values(), *joint.observed.values(), *constants.values()]
     for plan in _plans:
         if list(plan.terms) != list(terms) or list(plan.constants) != list(constants): continue
-        shapes = lambda j: [j.initial[k].shape for k in j.free if not (plan.lowered and k == plan.assignments)]
-        if plan.states != joint.states or plan.scores != joint.scores or list(plan.free) != list(joint.free) or shapes(plan.joint) != shapes(joint): continue
-        if [d.shape[1:] if plan.lowered else d.shape for d in joint.data.values()] != [d.shape[1:] if plan.lowered else d.shape for d in plan.joint.data.values()]: continue
-        if any((a[0] is None) != (b[0] is None) or type(a[0]) is not type(b[0]) for a, b in zip(joint.transforms.values(), plan.joint.transforms.values())): continue
+        per_spike = lambda k: plan.lowered and k == plan.assignments
+        if plan.states != joint.states or plan.scores != joint.scores or list(plan.free) != list(joint.free) or any(plan.shapes[k] != joint.initial[k].shape for k in joint.free if not per_spike(k)): continue
+        if [d.shape[1:] if plan.lowered else d.shape for d in joint.data.values()] != [s[1:] if plan.lowered else s for s in plan.data_shapes.values()]: continue
+        if any((a[0] is None) != (b[0] is None) or type(a[0]) is not type(b[0]) for a, b in zip(joint.transforms.values(), plan.transforms.values())): continue
         mine = [*plan.free.values(), *plan.observed.values(), *plan.constants.values()]
         if [v.type for v in mine] == [v.type for v in ins] and equal_computations(outs, list(plan.terms.values()), ins, mine):
             if exact and plan.others: break

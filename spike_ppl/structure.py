@@ -21,7 +21,7 @@ import numpy as np
 import pytensor
 import pytensor.tensor as pt
 from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.graph.basic import Constant, equal_computations
+from pytensor.graph.basic import Constant, clone_get_equiv, equal_computations
 from pytensor.graph.replace import clone_replace
 from pytensor.graph.traversal import ancestors, toposort
 
@@ -67,6 +67,13 @@ class WrittenModel:
     def length(self, name): return int(self.lengths[name].get_value())
 
 # %% ../nbs/04e_structure.ipynb #ceafa97f
+def _without_data(graphs):
+    "The same graphs over the same leaves; PyMC tags an observed variable with its data, the copies are not tagged."
+    same = clone_get_equiv([], graphs, copy_inputs=False, copy_orphans=False)
+    for v in same.values():
+        if hasattr(v, "tag") and hasattr(v.tag, "observations"): del v.tag.observations
+    return [same[g] for g in graphs]
+
 class KnownStructure:
     "A structure that was read before: what a derivation of another model of it is made of, believed once it was right about one. No model and no data are kept."
     def __init__(self,
@@ -76,7 +83,7 @@ class KnownStructure:
         self.plan, self.trusted, self.loose = d.plan, False, set()
         self.inputs, self.transforms, self.order = (d.joint.free, d.joint.observed), d.joint.transforms, list(d.joint.initial)
         self.form = self._form(written)
-        self.written = copy(written); self.written.model = self.written.data = None
+        self.written = copy(written); self.written.model, self.written.data, self.written.graphs = None, None, _without_data(written.graphs)
         same = lambda a, b: a.size == b.size and np.array_equal(a.ravel(), b.ravel())
         found = {k: [i for i, v in enumerate(written.arrays) if same(v.data, value)] for k, value in d.constants.items()}
         self.usable = all(len(i) == 1 for i in found.values()) and all(value.size > 1 for value in d.constants.values())

@@ -650,3 +650,44 @@ def test_arrays_that_look_alike_forbid_the_memory(forgetful):
             mu = pm.Normal("mu", pt.constant(a), pt.constant(a.copy()))
             pm.Normal("x", mu, 1., observed=np.random.default_rng(seed).normal(size=(30, 2)))
         assert derive(m)._met is None
+
+@pytest.mark.parametrize("prior", ["normal", "laplace"])
+def test_what_is_remembered_keeps_no_model_and_no_data(forgetful, prior):
+    "Neither a plan, lowered or not, nor a structure holds the recording it was made from in memory."
+    import gc
+    import weakref
+    alive = []
+    for seed in range(3):
+        m = _mixture(seed, n=200 + seed, prior=prior)
+        d = derive(m)
+        assert d.lowered
+        d.unit_quadratic(d.initial(0))
+        data = d.data
+        alive += [weakref.ref(m), weakref.ref(data if data.base is None else data.base)]
+        with pm.Model() as m:
+            mu = pm.Normal("mu", 0., 3., shape=3)
+            z = pm.Categorical("z", np.full(3, 1 / 3), shape=len(data))
+            pm.Laplace("x", mu[z], 1., observed=data[:, 0].copy())
+        d = derive(m)
+        assert not d.lowered
+        d.logits(d.initial(0))
+        data = d.data
+        alive += [weakref.ref(m), weakref.ref(data if data.base is None else data.base)]
+        del m, d, data, mu, z
+    gc.collect()
+    assert plan._plans and conjugate._met and [w() for w in alive] == [None] * 12
+
+def test_a_plan_that_let_go_serves_other_data_of_its_structure(x):
+    "Rows and elements of an enumerated variable that have other numbers: which belongs to which was found before."
+    def model(y):
+        with pm.Model() as m:
+            mu = pm.Normal("mu", [-2., 2.], 1., shape=2)
+            z = pm.Categorical("z", [.3, .7], shape=len(y) // 2)
+            pm.Laplace("y", mu[z[np.arange(len(y)) // 2]], 1., observed=y)
+        return m
+    first, second = (derive(model(y)) for y in (x[:74, 0], x[:74, 1]))
+    assert second.plan is first.plan and not first.lowered
+    mu = np.array([-1., 1.5])
+    y = x[:74, 1]
+    one = stats.laplace(mu, 1.).logpdf(y[:, None])
+    np.testing.assert_allclose(second.logits(dict(mu=mu)), np.log([.3, .7]) + one[::2] + one[1::2], rtol=1e-8)      # PyMC rounds log 2 to float32

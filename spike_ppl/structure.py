@@ -1,8 +1,9 @@
 """Whether a model is one that was met before, with other numbers in it: recognised by the graph of its random variables, and believed only after it was found right.
 
 Most of the time of a later derivation goes into writing the log joint down, only to find that it is one that is known. A model of a structure met before can be recognised sooner, by the graph of
-its random variables: `logp` is a function of that graph, so that two models whose graphs agree in everything but the values of arrays have the same log joint with other arrays in it. This is not taken on trust. The first model of a
-structure is read as above. So is the second, and its constants, its initial point and its terms must be what the memory would have said. Only from the third on is the memory believed, and only for what differed, or may differ, between the first two.
+its random variables: `logp` is a function of that graph, so that two models whose graphs agree in everything but the values of arrays have the same log joint with other arrays in it.
+
+This is not taken on trust. The first model of a structure is read in full. So is the second, and its constants, its initial point and its terms must be what the memory would have said. Only from the third on is the memory believed, and only for what differed, or may differ, between the first two.
 A prior of another kind, another number in it, another shape, an initial value given by hand, shared data: each is a structure of its own, or is read in full every time.
 
 [conjugate](05_conjugate.ipynb) asks here before it derives anything. A sorting fits hundreds of small mixtures, one for each neighbourhood of channels and each unit that is looked at again, and nearly all of them have one of a few structures."""

@@ -71,7 +71,7 @@ def parts(
 # %% ../nbs/05b_closed_forms.ipynb #d0feb8c1
 def _cache(d):
     "What was found out about a model's structure; kept with the derivation's compiled functions."
-    return getattr(d, "_plan", d).__dict__.setdefault("_inference", {})
+    return getattr(d, "plan", d).__dict__.setdefault("_inference", {})
 
 # %% ../nbs/05b_closed_forms.ipynb #48f9dee6
 def factor_near(
@@ -505,7 +505,7 @@ class _Factors(_Gaussian):
             if not len(at): return
             for j in at: self._score_width[j] = k
         # priors
-        empty = [{k: d.natural(k, p, d._nothing) for k in d.parameters} for p in points]
+        empty = [{k: d.natural(k, p, d.no_spikes) for k in d.parameters} for p in points]
         same = lambda k: all(np.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(empty[0][k], empty[1][k]))
         self._prior = {k: empty[0][k] for k in d.parameters if same(k)}
         self._thin = {k: self._prior.pop(k) for k in means if kinds[k] == "Normal" and k in self._prior}         # rows whose elements are apart: one noise variance
@@ -513,7 +513,7 @@ class _Factors(_Gaussian):
         self._find_common(points, empty)
         self._find_sizes(points, empty)
         if set(d.parameters) - {*self._prior, *self._thin, *(self._stick[1:] if self._stick else ()), *self._common, *self._sized}: return
-        self._find_counts(points[0], Statistics(*d._nothing))
+        self._find_counts(points[0], Statistics(*d.no_spikes))
         self._constants = None
         self._constants = c0 - self._joint_quadratic(self._values(points[0]))[0]
         self._ok = True

@@ -714,7 +714,7 @@ class NewSpikes:
     "Log-probability of every unit for new spikes, from the derived graph."
     def __init__(self, d, x):
         z, joint = d.assignments, d.joint
-        seen = [k for k in joint.data if z in d._plan.depends[k]]
+        seen = [k for k in joint.data if z in d.plan.depends[k]]
         if len(seen) != 1: raise ValueError(f"new spikes can stand in for one observed variable; here {seen} depend on {z!r}")
         self.d, self.name, self.old = d, seen[0], joint.data[seen[0]]
         self.n, x = len(self.old), np.asarray(x)
@@ -729,20 +729,20 @@ class NewSpikes:
             raise ValueError(f"{self.local} have one element per spike and cannot be integrated out for new spikes: one such variable with a complete conditional can")
         for k in self.local:
             terms = set(joint.depends(k)) - {k, self.name}
-            if terms or z in d._plan.depends[k]: raise ValueError(f"{k!r} has one element per spike and also enters {sorted(terms) or z!r}: it cannot be integrated out for new spikes")
+            if terms or z in d.plan.depends[k]: raise ValueError(f"{k!r} has one element per spike and also enters {sorted(terms) or z!r}: it cannot be integrated out for new spikes")
         self.value = {k: start[k] for k in self.local}
 
     def block(self, point, x):
         "(row, unit) for exactly as many rows as the model has."
         d, z = self.d, self.d.assignments
-        env = {**d._point({**point, **self.value}), ("data", self.name): x}
-        L = d._call(("logits", z), lambda: d._plan.build_logits(z), env)[0]
+        env = {**d.point_inputs({**point, **self.value}), ("data", self.name): x}
+        L = d.call(("logits", z), lambda: d.plan.build_logits(z), env)[0]
         for k in self.local:
-            prior = d._call(("term", k), lambda: [d._plan.terms[k]], env)[0]
+            prior = d.call(("term", k), lambda: [d.plan.terms[k]], env)[0]
             rest = np.broadcast_to(prior, np.shape(self.value[k])).reshape(self.n, -1).sum(1)[:, None]
             own = np.empty((self.n, d.n_states))
             for j in range(d.n_states):
-                natural = d._call(("natural", k), lambda: d._plan.build_natural(k), {**env, ("point", z): np.full(self.n, j)})
+                natural = d.call(("natural", k), lambda: d.plan.build_natural(k), {**env, ("point", z): np.full(self.n, j)})
                 own[:, j] = np.broadcast_to(d.family[k].each(natural, self.value[k]), np.shape(self.value[k])).reshape(self.n, -1).sum(1)
             L = L + rest - own
         return L

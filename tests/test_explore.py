@@ -309,16 +309,16 @@ def test_the_partition_follows_the_prior():
 @pytest.mark.parametrize("model", ["gmm", "dpmm"])
 def test_another_prior_is_not_derived_again(model, monkeypatch):
     "What makes a refit quick: the derived inference of one structure serves every value of the priors."
-    from spike_ppl import conjugate
+    from spike_ppl import plan
     e = ModelExplorer(model=model, n_units=5)
     made = []
-    init = conjugate._Plan.__init__
-    monkeypatch.setattr(conjugate._Plan, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1])
+    init = plan.Plan.__init__
+    monkeypatch.setattr(plan.Plan, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1])
     before = e.result["unit_probability"]["unit_probability"].values
     e.concentration = 10.; e.spread = 2.
     assert not made and not np.array_equal(before, e.result["unit_probability"]["unit_probability"].values)
     assert e.result.attrs["model"] == model
-    monkeypatch.setattr(conjugate, "_plans", [])     # an earlier test may have derived the next one
+    monkeypatch.setattr(plan, "_plans", [])     # an earlier test may have derived the next one
     e.n_units = 4
     assert made, "another structure is"
 

@@ -411,12 +411,12 @@ def flat(array, tmp_path_factory):
 @pytest.fixture(scope="module")
 def counted(flat):
     "Sorted in one go, one neighbourhood after the other, with the derivations and compiled functions that each of them made."
-    from spike_ppl import conjugate
+    from spike_ppl.plan import Plan
     from spike_ppl.recording import open_recording
     from spike_ppl.sort import sort, sort_by_neighbourhoods
     recording = open_recording(flat[0] / "rec.bin", sampling_rate=20_000, geometry=flat[0] / "geometry.txt")
     made, job = [], PartJob.__call__
-    init, function = conjugate._Plan.__init__, conjugate._Plan.function
+    init, function = Plan.__init__, Plan.function
     def derived(self, *a, **k): made[-1]["derivations"] += 1; return init(self, *a, **k)
     def compiled(self, key, build, mode):
         made[-1]["compilations"] += (key, mode) not in self.compiled
@@ -424,7 +424,7 @@ def counted(flat):
         return function(self, key, build, mode)
     def one(self, part): made.append(dict(derivations=0, compilations=0, calls=0)); return job(self, part)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(conjugate._Plan, "__init__", derived); m.setattr(conjugate._Plan, "function", compiled); m.setattr(PartJob, "__call__", one)
+        m.setattr(Plan, "__init__", derived); m.setattr(Plan, "function", compiled); m.setattr(PartJob, "__call__", one)
         result = sort_by_neighbourhoods(recording, **HOW, progressbar=False)
     return recording, result, made
 
@@ -438,12 +438,12 @@ def test_one_compiled_function_serves_all_neighbourhoods(counted):
 
 def test_few_spikes_need_no_derivation_of_their_own(monkeypatch):
     "A quiet neighbourhood uses what was derived for a busy one."
-    from spike_ppl import conjugate
+    from spike_ppl.plan import Plan
     from spike_ppl.clustering import fit_features
     rng, made = np.random.default_rng(0), []
-    init = conjugate._Plan.__init__
+    init = Plan.__init__
     def derived(self, *a, **k): made.append(1); return init(self, *a, **k)
-    monkeypatch.setattr(conjugate._Plan, "__init__", derived)
+    monkeypatch.setattr(Plan, "__init__", derived)
     few, many = (np.concatenate([rng.normal(8 * (i == np.arange(10)), 1., (n, 10)) for i in range(2)]) for n in (30, 300))
     fit_features(many, None, "vb", 0, 20); made.clear()
     _, z = fit_features(few, None, "vb", 0, 20)

@@ -144,7 +144,7 @@ def test_two_neurons_in_one_unit_are_cut_apart(three):
 @given(n=st.integers(60, 400), seed=st.integers(0, 200))
 @budget(max_examples=20, deadline=None)
 def test_one_gaussian_is_not_split(n, seed):
-    from spike_ppl.units import _two_parts
+    from spike_ppl.quality import _two_parts
     assert _two_parts(np.random.default_rng(seed).normal(size=(n, 5)) * [4, 2, 1, 1, 1], seed)[1] > .6
 
 

@@ -76,7 +76,8 @@ def _owner(joint, name, family, key):
         values = [np.asarray(z if k == name else point[k], w.dtype) for k, w in joint.free.items()]
         out = np.asarray(f(*values, *joint.data.values())[0])
         return out.reshape(len(out), -1).sum(1) if out.ndim > 1 else out
-    zero, one = at(np.zeros(n, int)), at(np.ones(n, int))
+    zero = at(np.zeros(n, int))
+    one = at(np.ones(n, int)) if family.n_values > 1 else zero
     if len(zero) == n: return None
     bits, depends = max(n - 1, 1).bit_length(), zero != one
     code = np.zeros(len(zero), int)

@@ -981,7 +981,7 @@ class _Met:
         "The derivation of a model of the structure."
         constants, plan = self.constants(written), self.plan
         transforms = {rv.name: (written.model.rvs_to_transforms.get(rv), self.transforms[rv.name][1]) for rv in written.free}
-        joint = LogJoint(written.model, *self.inputs, written.data, _Terms(plan, constants), self.initial(written), transforms)
+        joint = LogJoint(written.model, *self.inputs, {k: written.data[k] for k in self.inputs[1]}, _Terms(plan, constants), self.initial(written), transforms)
         d = Derivation(joint, plan, constants)
         d._met = self
         return d

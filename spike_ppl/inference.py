@@ -53,9 +53,14 @@ def marginal(
         new = {}
         for rv in model.free_RVs:
             if rv.name in summed: continue
+            how = dict(dims=model.named_vars_to_dims.get(rv.name), transform=model.rvs_to_transforms.get(rv), default_transform=None)
             graph = rv.owner.clone().outputs[rv.owner.outputs.index(rv)]
+            if any(model[k] in set(ancestors([graph])) for k in summed):        # such as a missing value, whose density is a term of the sum
+                if rv.dtype.startswith(("int", "uint", "bool")): raise ValueError(f"{rv.name!r} is discrete and its distribution depends on {z!r}, which is to be summed out; use method='gibbs'")
+                new[rv] = pm.Flat(rv.name, shape=d.initial()[rv.name].shape, initval=d.initial()[rv.name], **{**how, "dims": None})
+                continue
             graph = graph_replace([graph], {**new, **numbers.inside(graph)}, strict=False)[0]
-            new[rv] = out.register_rv(graph, rv.name, dims=model.named_vars_to_dims.get(rv.name), transform=model.rvs_to_transforms.get(rv), default_transform=None)
+            new[rv] = out.register_rv(graph, rv.name, **how)
         swap = {full.joint.free[rv.name]: v for rv, v in new.items()}
         shared = lambda v, like: pytensor.shared(np.asarray(v, like.dtype), shape=v.shape)
         if d.scores:

@@ -649,3 +649,40 @@ def test_arrays_that_look_alike_forbid_the_memory(forgetful):
             mu = pm.Normal("mu", pt.constant(a), pt.constant(a.copy()))
             pm.Normal("x", mu, 1., observed=np.random.default_rng(seed).normal(size=(30, 2)))
         assert derive(m)._met is None
+
+
+def test_a_term_over_late_spikes_alone_is_seen_by_the_check():
+    y = np.random.default_rng(0).normal(size=150)
+    with pm.Model(coords={"spike": range(150)}) as model:
+        mu = pm.Normal("mu", 0, 2, shape=2)
+        z = pm.Categorical("z", [.5, .5], dims="spike")
+        pm.Potential("unlike", -4. * pt.eq(z[120:-1], z[121:]))              # neighbours after the hundredth spike repel each other
+        pm.Normal("y", mu[z], .9, observed=y)
+    with pytest.raises(NotConjugate, match="'z'"): complete_conditional(model, "z")
+    assert set(derive(model).others) == {"z"}
+
+
+def test_observed_variables_keep_their_places_when_a_structure_is_met_again():
+    def model(seed):
+        rng = np.random.default_rng(seed)
+        with pm.Model() as m:
+            z = pm.Categorical("z", pm.Dirichlet("p", [1., 1.]), shape=20)
+            mu, rate = pm.Normal("mu", 0, 2, shape=2), pm.Gamma("rate", 1., .3, shape=2)
+            pm.Normal("y", mu[z], .7, observed=rng.normal(size=20))
+            pm.Exponential("k", rate[z], observed=rng.gamma(2, size=20))
+        return m
+    for seed in range(3): d = derive(m := model(seed))
+    assert d._met is not None and list(d.joint.data) == list(d.joint.observed)
+    fresh, point = conjugate.log_joint(m), {"z": np.arange(20) % 2}
+    assert np.allclose(complete_conditional(d.joint, "rate").natural(point), complete_conditional(fresh, "rate").natural(point))
+
+
+@pytest.mark.parametrize("n", [30, 120])
+def test_a_mixture_of_one_unit(n):
+    x = np.random.default_rng(0).normal(size=(n, 2))
+    with pm.Model(coords={"spike": range(n)}) as model:
+        mu = pm.Normal("mu", 0, 2, shape=(1, 2))
+        z = pm.Categorical("z", pm.Dirichlet("p", np.ones(1)), dims="spike")
+        pm.Normal("x", mu[z], 1., observed=x)
+    d = derive(model)
+    assert d.lowered and not d.others

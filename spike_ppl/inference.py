@@ -582,15 +582,21 @@ def fit(
     spikes = Spikes(d.data, cores, float32) if d.lowered else None
     if spikes is not None and isinstance(spikes.x, np.ndarray) and not np.isfinite(spikes.x).all():
         raise ValueError("the observed features hold NaN or infinite values; leave these spikes out")
-    if method == "gibbs" and not d.others:
-        out = _fit_gibbs(d, spikes, draws=draws, tune=tune, chains=chains, seed=seed, keep=keep_assignments, memory=memory, moves=moves, subset=subset,
-                         resume=resume, progressbar=progressbar, start=start)
-    elif method == "vb":
-        if d.others: raise NotConjugate(next(iter(d.others)), "all families", "method='vb' needs every variable conjugate; use method='gibbs', which mixes in PyMC step methods")
-        out = _fit_vb(d, spikes, draws=draws, seed=seed, memory=memory, moves=moves, starts=starts, subset=subset, passes=passes, tolerance=tolerance,
-                      batches=batches, resume=resume, progressbar=progressbar, alternatives=alternatives)
-    else: out = _fit_pymc(d, spikes, method, draws=draws, tune=tune, chains=chains, seed=seed, cores=cores, keep=keep_assignments, memory=memory,
-                          passes=passes, progressbar=progressbar, resume=resume)
+    if method == "vb" and d.others:
+        try: complete_conditional(d.joint, name := next(iter(d.others)))
+        except NotConjugate as e: raise NotConjugate(name, e.family, f"{e.reason}; method='vb' needs every variable conjugate, method='gibbs' mixes in PyMC step methods", e.discrepancy) from None
+    try:
+        if method == "gibbs" and not d.others:
+            out = _fit_gibbs(d, spikes, draws=draws, tune=tune, chains=chains, seed=seed, keep=keep_assignments, memory=memory, moves=moves, subset=subset,
+                             resume=resume, progressbar=progressbar, start=start)
+        elif method == "vb":
+            out = _fit_vb(d, spikes, draws=draws, seed=seed, memory=memory, moves=moves, starts=starts, subset=subset, passes=passes, tolerance=tolerance,
+                          batches=batches, resume=resume, progressbar=progressbar, alternatives=alternatives)
+        else: out = _fit_pymc(d, spikes, method, draws=draws, tune=tune, chains=chains, seed=seed, cores=cores, keep=keep_assignments, memory=memory,
+                              passes=passes, progressbar=progressbar, resume=resume)
+    except np.linalg.LinAlgError as e:
+        raise FloatingPointError(f"a covariance on the way was singular ({e}). Features that are sums of others, features of very different size, or a prior far from the data's scale do that: "
+                                 "leave such features out, or divide the features by their standard deviations, and give the prior their scale") from e
     if resume is not None and method != "vb": out = _joined(resume, out)
     out.attrs["wall_time"], out.attrs["cpu_time"] = _since(clock)
     return out
@@ -759,7 +765,10 @@ def _rows_of(features, fit=None):
     if fit is not None and isinstance(x, xr.DataArray) and "feature" in x.coords and "observed_data" in fit.children and "feature" in fit["observed_data"].coords:
         own = fit["observed_data"]["feature"].values
         if not np.array_equal(x["feature"], own) and np.array_equal(np.sort(x["feature"]), np.sort(own)): x = x.sel(feature=own)
-    return x if hasattr(x, "shape") else np.asarray(x, float)
+    x = x if hasattr(x, "shape") else np.asarray(x, float)
+    if fit is not None and isinstance(v := getattr(x, "values", x), np.ndarray) and v.dtype.kind == "f" and not (good := np.isfinite(v).reshape(len(v), -1).all(1)).all():
+        raise ValueError(f"{(~good).sum()} of {len(v)} spikes have NaN or infinite features (first at spike {int((~good).argmax())}); leave them out")
+    return x
 
 # %% ../nbs/06_inference.ipynb #41208106
 class NewSpikes:

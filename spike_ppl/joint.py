@@ -134,6 +134,8 @@ def log_joint(
     observed, data, swap = {}, {}, {}
     for rv in plain.observed_RVs:
         v = plain.rvs_to_values[rv]
+        if any(type(a.type).__name__ == "RandomGeneratorType" for a in ancestors([v])):
+            raise ValueError(f"the observed {rv.name!r} is drawn anew each time it is looked at (pm.Minibatch?): give the model all its data, which are read in batches anyway")
         data[rv.name] = np.asarray(v.data if isinstance(v, Constant) else v.eval(mode=AS_WRITTEN))
         observed[rv.name] = swap[v] = pt.tensor(rv.name, dtype=v.dtype, shape=(None,) * v.ndim)
     for n, length in plain.dim_lengths.items():

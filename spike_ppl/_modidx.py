@@ -359,6 +359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spike_ppl.conjugate._grid': ('conjugate.html#_grid', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._lift': ('conjugate.html#_lift', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._logits': ('conjugate.html#_logits', 'spike_ppl/conjugate.py'),
+                                     'spike_ppl.conjugate._moved': ('conjugate.html#_moved', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._n_values': ('conjugate.html#_n_values', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._named_ancestor': ('conjugate.html#_named_ancestor', 'spike_ppl/conjugate.py'),
                                      'spike_ppl.conjugate._owner': ('conjugate.html#_owner', 'spike_ppl/conjugate.py'),

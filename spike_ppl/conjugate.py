@@ -179,8 +179,23 @@ def _generic_base(joint, name):
     return value, rng
 
 def _random_point(joint, families, rng):
-    "A random point of the natural space; variables without a family stay at their initial value."
-    return {k: (families[k].generic(v, rng) if k in families else v) for k, v in joint.initial.items()}
+    "A random point of the natural space; variables without a family are moved, too, for at their initial value (a correlation of 0) what depends on them may look absent."
+    return {k: families[k].generic(v, rng) if k in families else _moved(joint, k, rng) for k, v in joint.initial.items()}
+
+def _moved(joint, name, rng):
+    "A value near the initial one, by a random step in the unconstrained space; itself where that cannot be done."
+    v, start = joint.free[name], joint.initial[name]
+    if not v.dtype.startswith("float"): return start
+    given, default = joint.transforms[name]
+    if (transform := given or default) is None: return start + .3 * rng.normal(size=start.shape) * np.maximum(1, np.abs(start))
+    inputs = joint.model[name].owner.inputs
+    if set(ancestors(inputs)) & set(joint.model.free_RVs): return start
+    try:
+        free = transform.forward(pt.constant(start, dtype=v.dtype), *inputs)
+        free = free.eval(mode=AS_WRITTEN)
+        value = transform.backward(pt.constant(free + .3 * rng.normal(size=free.shape)), *inputs).eval(mode=AS_WRITTEN)
+    except Exception: return start
+    return np.asarray(value, v.dtype) if np.shape(value) == start.shape and np.isfinite(value).all() else start
 
 def _logits(terms, joint, name, v, family):
     "Sum of terms (name -> graph) at every value of a finite discrete variable, the values last."

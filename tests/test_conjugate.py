@@ -686,3 +686,14 @@ def test_a_mixture_of_one_unit(n):
         pm.Normal("x", mu[z], 1., observed=x)
     d = derive(model)
     assert d.lowered and not d.others
+
+
+def test_what_a_correlation_of_zero_would_hide_is_seen():
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    with pm.Model(coords={"spike": range(40)}) as model:
+        mu = pm.Normal("mu", 0, 2, shape=(2, 2))
+        z = pm.Categorical("z", [.4, .6], dims="spike")
+        chol, *_ = pm.LKJCholeskyCov("chol", eta=2., n=2, sd_dist=pm.HalfNormal.dist(1., shape=2))
+        pm.MvNormal("x", mu[z], chol=chol, observed=x)                      # chol is not conjugate and starts at the identity
+    d = derive(model)
+    assert set(d.others) == {"chol"} and d.structure == "full" and d.family["mu"].name == "MvNormal"

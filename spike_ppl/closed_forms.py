@@ -51,6 +51,7 @@ def parts(
     def own_rows(name):                                   # row r of the variable moves unit r alone: tried for groups of rows
         old, new = np.asarray(one[name]), np.asarray(two[name])
         if old.ndim == 0 or not 1 <= len(old) <= K: return False
+        if getattr(d.family[name], "axis", None) in (0, "all"): return False      # its rows have one conditional together, and none alone
         r = np.arange(len(old))
         for bit in range(max(1, int(np.ceil(np.log2(len(old)))))):
             for chosen in ((r >> bit) & 1 == 1, (r >> bit) & 1 == 0):
@@ -92,7 +93,7 @@ def factor_near(
     if name == "Wishart":
         nu = v.shape[-1] + 10.
         return np.full(v.shape[:-2], nu), nu*np.linalg.inv(v)
-    if name == "Categorical": return (np.zeros((*v.shape, family.n_values)),)
+    if name == "Categorical": return (3.*(v[..., None] == np.arange(family.n_values))*(v.ndim > 0),)      # of many, each near its own value
     raise ValueError(f"no factor near a value is known for the family {name!r}")
 
 # %% ../nbs/05b_closed_forms.ipynb #0ac0fc42

@@ -69,7 +69,8 @@ def row_owner(joint, name, family, key):
         values = [np.asarray(z if k == name else point[k], w.dtype) for k, w in joint.free.items()]
         out = np.asarray(f(*values, *joint.data.values())[0])
         return out.reshape(len(out), -1).sum(1) if out.ndim > 1 else out
-    zero, one = at(np.zeros(n, int)), at(np.ones(n, int))
+    zero = at(np.zeros(n, int))
+    one = at(np.ones(n, int)) if family.n_values > 1 else zero
     if len(zero) == n: return None
     bits, depends = max(n - 1, 1).bit_length(), zero != one
     code = np.zeros(len(zero), int)
@@ -171,8 +172,23 @@ def _generic_base(joint, name):
     return value, rng
 
 def random_point(joint, families, rng):
-    "A random point of the natural space; variables without a family stay at their initial value."
-    return {k: (families[k].generic(v, rng) if k in families else v) for k, v in joint.initial.items()}
+    "A random point of the natural space; variables without a family are moved, too, for at their initial value (a correlation of 0) what depends on them may look absent."
+    return {k: families[k].generic(v, rng) if k in families else _moved(joint, k, rng) for k, v in joint.initial.items()}
+
+def _moved(joint, name, rng):
+    "A value near the initial one, by a random step in the unconstrained space; itself where that cannot be done."
+    v, start = joint.free[name], joint.initial[name]
+    if not v.dtype.startswith("float"): return start
+    given, default = joint.transforms[name]
+    if (transform := given or default) is None: return start + .3 * rng.normal(size=start.shape) * np.maximum(1, np.abs(start))
+    inputs = joint.model[name].owner.inputs
+    if set(ancestors(inputs)) & set(joint.model.free_RVs): return start
+    try:
+        free = transform.forward(pt.constant(start, dtype=v.dtype), *inputs)
+        free = free.eval(mode=AS_WRITTEN)
+        value = transform.backward(pt.constant(free + .3 * rng.normal(size=free.shape)), *inputs).eval(mode=AS_WRITTEN)
+    except Exception: return start
+    return np.asarray(value, v.dtype) if np.shape(value) == start.shape and np.isfinite(value).all() else start
 
 def enumerated_logits(terms, v, family, owner):
     "Sum of terms (name -> graph) at every value of a finite discrete variable, the values last; `owner` gives a term's `row_owner` by its name."

@@ -53,9 +53,14 @@ def marginal(
         new = {}
         for rv in model.free_RVs:
             if rv.name in summed: continue
+            how = dict(dims=model.named_vars_to_dims.get(rv.name), transform=model.rvs_to_transforms.get(rv), default_transform=None)
             graph = rv.owner.clone().outputs[rv.owner.outputs.index(rv)]
+            if any(model[k] in set(ancestors([graph])) for k in summed):        # such as a missing value, whose density is a term of the sum
+                if rv.dtype.startswith(("int", "uint", "bool")): raise ValueError(f"{rv.name!r} is discrete and its distribution depends on {z!r}, which is to be summed out; use method='gibbs'")
+                new[rv] = pm.Flat(rv.name, shape=d.initial()[rv.name].shape, initval=d.initial()[rv.name], **{**how, "dims": None})
+                continue
             graph = graph_replace([graph], {**new, **numbers.inside(graph)}, strict=False)[0]
-            new[rv] = out.register_rv(graph, rv.name, dims=model.named_vars_to_dims.get(rv.name), transform=model.rvs_to_transforms.get(rv), default_transform=None)
+            new[rv] = out.register_rv(graph, rv.name, **how)
         swap = {full.joint.free[rv.name]: v for rv, v in new.items()}
         shared = lambda v, like: pytensor.shared(np.asarray(v, like.dtype), shape=v.shape)
         if d.scores:
@@ -208,9 +213,11 @@ def _for_many_sweeps(d, sweeps, many=20_000):
 def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, subset, resume, progressbar, start):
     clock = _clock()
     z, names = d.assignments, list(d.parameters)
-    n = len(d.initial()[z]) if z else 0
-    if spikes is not None: n = spikes.n
+    each = d.initial()[z].shape if z else ()          # one assignment per spike, or more
+    n = int(np.prod(each)) if z else 0
+    if spikes is not None: each = n, = (spikes.n,)
     (kind, every), sentence = _keep(keep, chains, draws, n, memory)
+    if kind == "counts" and len(each) > 1: raise ValueError(f"keep_assignments={keep!r}: {z!r} has shape {each}, and counts per unit are kept for one assignment per spike only; give 'all' or a whole number")
     if sentence: warnings.warn(sentence, stacklevel=3)
     shapes = {k: np.shape(v) for k, v in d.initial().items() if k != z}
     dtypes = {k: np.asarray(v).dtype for k, v in d.initial().items()}
@@ -218,7 +225,7 @@ def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, sub
     stats = {k: np.empty((chains, draws)) for k in ("lp", "log_density", "partition_entropy", "accepted_split", "accepted_merge")}
     stats["n_occupied"] = np.empty((chains, draws), int)
     kept = {"all": draws, "thin": len(range(0, draws, every)) if every else 0, "counts": 0}[kind]
-    assignments = np.zeros((chains, kept, n), np.int32) if z and kept else None
+    assignments = np.zeros((chains, kept, *each), np.int32) if z and kept else None
     counts = np.zeros((n, d.n_states), np.int32) if z and kind == "counts" else None
     seeds = np.random.SeedSequence(seed).spawn(chains)
     bar = _Bar(chains*(tune + draws), "Gibbs", progressbar)
@@ -244,7 +251,7 @@ def _fit_gibbs(d, spikes, *, draws, tune, chains, seed, keep, memory, moves, sub
                         lp = d.log_joint(state.point, state.statistics)
                         if not np.isfinite(lp): raise FloatingPointError(f"the log joint became {lp} at draw {t} of chain {c}")
                         for k in names: values[k][c, t] = state.point[k]
-                        N = state.statistics.count if d.lowered else np.bincount(state.point[z], minlength=d.n_states) if z else np.ones(d.n_units)
+                        N = state.statistics.count if d.lowered else np.bincount(np.ravel(state.point[z]), minlength=d.n_states) if z else np.ones(1)
                         N = N.reshape(-1, d.n_units).sum(0) if z else N
                         p = N[N > 0]/max(N.sum(), 1)
                         stats["lp"][c, t], stats["log_density"][c, t] = lp, state.log_density
@@ -487,6 +494,30 @@ def _from_pymc(d, idata, spikes, rng, keep, memory, draw_assignments):
                      coords={"chain": np.arange(chains), "draw": np.arange(draws)})
     return _dataset(d, values), own.merge(stats.assign_coords(chain=np.arange(chains), draw=np.arange(draws)) if stats.sizes else stats), extra
 
+# %% ../nbs/06_inference.ipynb #c07f3a6b
+def _whole(name, value, least):
+    "A whole number of at least `least`, or an error that says so."
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)) or value != value or int(value) != value or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+
+def _check_start(d, start, n):
+    "Values to start from must be those of variables that a sweep draws, in their shapes."
+    known = d.initial()
+    for name, value in start.items():
+        if name not in known: raise ValueError(f"start=: {name!r} is not drawn by this model; what can be given is {', '.join(map(repr, known))}")
+        if np.shape(value) != (shape := (n,) if name == d.assignments and n else np.shape(known[name])): raise ValueError(f"start=: {name!r} has shape {np.shape(value)}, expected {shape}")
+        if name == d.assignments and not np.isin(value, np.arange(d.n_states)).all(): raise ValueError(f"start=: {name!r} holds values other than the whole numbers from 0 to {d.n_states - 1}")
+
+def _check_resume(d, resume, n):
+    "The fit to go on from must be of a model with the same variables in the same shapes, and of as many spikes."
+    known, post = d.initial(), resume["posterior"].to_dataset()
+    for name in d.parameters:
+        if name not in post or post[name].shape[2:] != known[name].shape:
+            raise ValueError(f"resume=: that fit is of another model: {name!r} has shape {post[name].shape[2:] if name in post else None} there and {known[name].shape} here")
+    if "last" in resume.children and d.assignments in (last := resume["last"].to_dataset()) and last[d.assignments].shape[1:] != (n,):
+        raise ValueError(f"resume=: that fit is of {last[d.assignments].shape[1]} spikes, this model of {n}")
+
+
 # %% ../nbs/06_inference.ipynb #f02c82b8
 def fit(
     model:pm.Model,          # any PyMC model; mixtures with explicit assignments first
@@ -519,9 +550,14 @@ def fit(
     `attrs["stopped"]`. Errors: `ValueError` for an unknown method; `NotConjugate` where the method needs conjugacy that the model lacks.
     """
     if method not in _methods: raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(map(repr, _methods))}")
-    for name, value, least in (("draws", draws, 1), ("tune", tune, 0), ("alternatives", alternatives, 0), ("chains", chains, 1), ("passes", passes, 1)):
-        if int(value) != value or value < least: raise ValueError(f"{name}={value}: expected a whole number of at least {least}")
+    if not isinstance(model, pm.Model): raise TypeError(f"model is a {type(model).__name__}, expected a pm.Model such as spike_ppl.models.gmm(features, n_units) makes")
+    for name, value, least in (("draws", draws, 1), ("tune", tune, 0), ("alternatives", alternatives, 0), ("chains", chains, 1), ("passes", passes, 1), ("seed", seed, 0), ("cores", cores, 1),
+                               ("starts", starts, 1), ("subset", subset, 1), ("batches", batches, 1)):
+        if value is not None or name not in ("subset", "batches"): _whole(name, value, least)
+    seed = int(seed)
+    if start is not None and method != "gibbs": raise ValueError(f"start= is for method='gibbs'; method={method!r} finds its own starting values")
     if resume is not None:
+        if not isinstance(resume, xr.DataTree): raise TypeError(f"resume= is a {type(resume).__name__}, expected what fit gave before (an xarray.DataTree)")
         before = resume.attrs.get("method")
         if method == "advi" or before != method: raise ValueError(f"resume=: that fit was made by method {before!r}; method={method!r} cannot go on from it")
         if method != "vb" and resume["posterior"].sizes["chain"] != chains: raise ValueError(f"resume=: that fit has {resume['posterior'].sizes['chain']} chains, chains={chains} was asked for")
@@ -529,23 +565,38 @@ def fit(
     d = derive(model, exact=exact)
     if features is not None and not d.lowered: raise ValueError("features= stands in for the model's data only where the likelihood is quadratic in them; build the model on all rows instead")
     if method == "gibbs" and d.others and d.states: d = derive(model, exact=exact, apart=True)      # PyMC's step methods know each variable by itself
-    if start is not None: start = d.joined(start)
-    if features is not None: d = _Rebound(d, features)
+    if features is not None:
+        if method in ("nuts", "advi") or (method == "gibbs" and d.others): raise ValueError(f"features= cannot stand in for the model's data where PyMC samples (method={method!r}{', of ' + repr(sorted(d.others)) if d.others else ''}); build the model on all rows instead")
+        features = _rows_of(features)
+        if tuple(features.shape[1:]) != (d.n_features,): raise ValueError(f"features= has shape {tuple(features.shape)}, expected (spikes, {d.n_features}) as in the model")
+        d = _Rebound(d, features)
+    n = len(d.data) if d.lowered else d.family[d.assignments].shape[0] if d.assignments and d.family[d.assignments].shape else 0
+    if start is not None:
+        start = d.joined(start)
+        _check_start(d, start, n)
+        if d.others: raise ValueError(f"start= is for models in which every variable is conjugate; {sorted(d.others)} are not: give initval= in the model instead")
+    if resume is not None: _check_resume(d, resume, n)
     if d.lowered: d = closed_form(d)
     sweeps = chains*(draws + tune) if method == "gibbs" else 0
     if "joint" not in recognised(d) and sweeps > 2000: d.mode = "NUMBA"   # seconds of compilation pay off
     spikes = Spikes(d.data, cores, float32) if d.lowered else None
     if spikes is not None and isinstance(spikes.x, np.ndarray) and not np.isfinite(spikes.x).all():
         raise ValueError("the observed features hold NaN or infinite values; leave these spikes out")
-    if method == "gibbs" and not d.others:
-        out = _fit_gibbs(d, spikes, draws=draws, tune=tune, chains=chains, seed=seed, keep=keep_assignments, memory=memory, moves=moves, subset=subset,
-                         resume=resume, progressbar=progressbar, start=start)
-    elif method == "vb":
-        if d.others: raise NotConjugate(next(iter(d.others)), "all families", "method='vb' needs every variable conjugate; use method='gibbs', which mixes in PyMC step methods")
-        out = _fit_vb(d, spikes, draws=draws, seed=seed, memory=memory, moves=moves, starts=starts, subset=subset, passes=passes, tolerance=tolerance,
-                      batches=batches, resume=resume, progressbar=progressbar, alternatives=alternatives)
-    else: out = _fit_pymc(d, spikes, method, draws=draws, tune=tune, chains=chains, seed=seed, cores=cores, keep=keep_assignments, memory=memory,
-                          passes=passes, progressbar=progressbar, resume=resume)
+    if method == "vb" and d.others:
+        try: complete_conditional(d.joint, name := next(iter(d.others)))
+        except NotConjugate as e: raise NotConjugate(name, e.family, f"{e.reason}; method='vb' needs every variable conjugate, method='gibbs' mixes in PyMC step methods", e.discrepancy) from None
+    try:
+        if method == "gibbs" and not d.others:
+            out = _fit_gibbs(d, spikes, draws=draws, tune=tune, chains=chains, seed=seed, keep=keep_assignments, memory=memory, moves=moves, subset=subset,
+                             resume=resume, progressbar=progressbar, start=start)
+        elif method == "vb":
+            out = _fit_vb(d, spikes, draws=draws, seed=seed, memory=memory, moves=moves, starts=starts, subset=subset, passes=passes, tolerance=tolerance,
+                          batches=batches, resume=resume, progressbar=progressbar, alternatives=alternatives)
+        else: out = _fit_pymc(d, spikes, method, draws=draws, tune=tune, chains=chains, seed=seed, cores=cores, keep=keep_assignments, memory=memory,
+                              passes=passes, progressbar=progressbar, resume=resume)
+    except np.linalg.LinAlgError as e:
+        raise FloatingPointError(f"a covariance on the way was singular ({e}). Features that are sums of others, features of very different size, or a prior far from the data's scale do that: "
+                                 "leave such features out, or divide the features by their standard deviations, and give the prior their scale") from e
     if resume is not None and method != "vb": out = _joined(resume, out)
     out.attrs["wall_time"], out.attrs["cpu_time"] = _since(clock)
     return out
@@ -664,6 +715,8 @@ def _spread(d, seed, chains):
 # %% ../nbs/06_inference.ipynb #712af6f4
 def parameters_at(tree, model, draws):
     "Derivation, and points of the parameters spread evenly over the posterior."
+    if not isinstance(tree, xr.DataTree) or "roles" not in tree.attrs: raise TypeError(f"expected what fit gave (an xarray.DataTree with its attributes), not a {type(tree).__name__}")
+    _whole("draws", draws, 1)
     roles = json.loads(tree.attrs["roles"])
     if model is None:
         name = tree.attrs.get("model", "custom")
@@ -688,6 +741,7 @@ def parameters_at(tree, model, draws):
     names = [k for k in start if k != d.assignments]
     missing = [k for k in names if k not in post]
     if missing: raise ValueError(f"the fit holds no draws of {missing}: was it made with another model?")
+    if other := [k for k in names if post[k].shape[2:] != start[k].shape and k in d.parameters]: raise ValueError(f"{other} have other shapes in the fit than in the model: was it made with another model?")
     flat = {k: post[k].values.reshape(-1, *post[k].shape[2:]) for k in dict.fromkeys([*names, *([d.weights] if d.weights in post else [])])}
     total = len(flat[names[0]])
     pick = np.unique(np.linspace(0, total - 1, min(draws, total)).round().astype(int))
@@ -705,9 +759,16 @@ def _weight_shifts(d, points, weights):
     own = d.deterministics({k: np.stack([p[k] for p in points]) for k in points[0]})[d.weights]
     return np.tile(np.pad(np.log(weights) - np.log(own), ((0, 0), (0, d.n_units - own.shape[1]))), d.n_states//d.n_units)
 
-def _rows_of(features):
+def _rows_of(features, fit=None):
+    "Rows of features, in the order of the fit's own where both name the same ones."
     x = features.transpose("spike", "feature") if isinstance(features, xr.DataArray) and set(features.dims) == {"spike", "feature"} else features
-    return x if hasattr(x, "shape") else np.asarray(x, float)
+    if fit is not None and isinstance(x, xr.DataArray) and "feature" in x.coords and "observed_data" in fit.children and "feature" in fit["observed_data"].coords:
+        own = fit["observed_data"]["feature"].values
+        if not np.array_equal(x["feature"], own) and np.array_equal(np.sort(x["feature"]), np.sort(own)): x = x.sel(feature=own)
+    x = x if hasattr(x, "shape") else np.asarray(x, float)
+    if fit is not None and isinstance(v := getattr(x, "values", x), np.ndarray) and v.dtype.kind == "f" and not (good := np.isfinite(v).reshape(len(v), -1).all(1)).all():
+        raise ValueError(f"{(~good).sum()} of {len(v)} spikes have NaN or infinite features (first at spike {int((~good).argmax())}); leave them out")
+    return x
 
 # %% ../nbs/06_inference.ipynb #41208106
 class NewSpikes:
@@ -775,8 +836,8 @@ def log_density(
     cores:int=1,       # threads
 ) -> xr.DataArray:     # nats, (spike,)
     "Log predictive density of each spike, averaged over the posterior and marginal over units."
-    x = _rows_of(features)
     d, points, weights = parameters_at(fit, model, draws)
+    x = _rows_of(features, fit)
     total = np.full(len(x), -np.inf)
     if d.lowered:
         spikes = Spikes(x, cores)
@@ -799,8 +860,8 @@ def predict(
     cores:int=1,       # threads
 ) -> xr.DataArray:     # probability, (spike, unit)
     "Probability of each unit for each spike, averaged over the posterior."
-    x = _rows_of(features)
     d, points, weights = parameters_at(fit, model, draws)
+    x = _rows_of(features, fit)
     total = np.zeros((len(x), d.n_states))
     if d.lowered:
         spikes = Spikes(x, cores)

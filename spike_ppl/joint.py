@@ -83,10 +83,12 @@ class LogJoint:
         if len(lengths) != 1 or (N := lengths.pop()) <= n: return self
         cut = lambda v: v[:n] if v.ndim and len(v) == N else v
         small = replace(self, data={k: cut(v) for k, v in self.data.items()}, initial={k: cut(v) for k, v in self.initial.items()}, first_families=None, is_head=True)
-        f = quick_function([*self.free.values(), *self.observed.values()], [t.sum() for t in self.terms.values()])
-        try: f(*(np.asarray(small.initial[k], v.dtype) for k, v in self.free.items()), *small.data.values())
+        f = quick_function([*self.free.values(), *self.observed.values()], list(self.terms.values()))
+        try: values = f(*(np.asarray(small.initial[k], v.dtype) for k, v in self.free.items()), *small.data.values())
         except Exception: return self
-        return small
+        rowwise = {v for k, v in {**self.free, **self.observed}.items() if (a := {**self.initial, **self.data}[k]).ndim and len(a) == N}
+        odd = [t for t, x in zip(self.terms.values(), values) if x.ndim and len(x) != n and rowwise & set(ancestors([t]))]
+        return self if odd else small                 # a term with rows of its own, such as one of z[120:], may say what the first rows do not show
 
     def depends(self, name:str) -> list: # names of the terms in which it appears
         "Terms of the log joint that contain a free variable."
@@ -132,6 +134,8 @@ def log_joint(
     observed, data, swap = {}, {}, {}
     for rv in plain.observed_RVs:
         v = plain.rvs_to_values[rv]
+        if any(type(a.type).__name__ == "RandomGeneratorType" for a in ancestors([v])):
+            raise ValueError(f"the observed {rv.name!r} is drawn anew each time it is looked at (pm.Minibatch?): give the model all its data, which are read in batches anyway")
         data[rv.name] = np.asarray(v.data if isinstance(v, Constant) else v.eval(mode=AS_WRITTEN))
         observed[rv.name] = swap[v] = pt.tensor(rv.name, dtype=v.dtype, shape=(None,) * v.ndim)
     for n, length in plain.dim_lengths.items():

@@ -375,7 +375,7 @@ def _save_labels(labels, folder):
     import io
     held = io.BytesIO()
     np.savez(held, sample_index=labels["sample_index"].values.astype("int64"), unit=labels.values.astype("int64"), probability=labels["probability"].values.astype("float64"),
-        entropy=labels["entropy"].values.astype("float64"), peak_channel=np.asarray(labels["peak_channel"].values).astype(str), sampling_rate=np.float64(labels.attrs["sampling_rate"]))
+        entropy=labels["entropy"].values.astype("float64"), peak_channel=c.astype(str) if (c := np.asarray(labels["peak_channel"].values)).dtype.kind not in "iu" else c, sampling_rate=np.float64(labels.attrs["sampling_rate"]))
     _write(Path(folder)/"sorting.npz", held.getvalue())
 
 # %% ../nbs/13_sort.ipynb #53fd2d71
@@ -548,6 +548,7 @@ def _parser():
         q.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
         q.add_argument("--jobs", type=int, default=1, help="threads; the result does not depend on it (default 1)")
         q.add_argument("--threshold", type=float, default=8., help="of the spikes' energy, in sd of the noise's (default 8)")
+        q.add_argument("--no-motion", dest="motion", action="store_false", help="do not join the parts of units that the motion of the tissue along the probe cut in pieces")
         q.add_argument("--overwrite", action="store_true", help="replace the result of an earlier sort in DIR")
         q.add_argument("--resume", action="store_true", help="go on with an interrupted sort in DIR")
         q.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -615,7 +616,7 @@ def _run(a, argv):
         in_parts = share is not None or a.in_parts == "yes" or (a.in_parts == "auto" and recording.get_num_channels() > WHOLE)
         arguments = dict(command="sort", recording=str(Path(a.recording).absolute()), **(how | ({"geometry": str(Path(a.geometry).absolute())} if a.geometry else {})), memory=a.memory)
         if in_parts: arguments |= dict(size=a.size, radius=a.radius)
-    arguments |= dict(output=str(output), model=a.model, method=a.method, seed=a.seed, threshold=a.threshold, jobs=a.jobs, argv=argv)
+    arguments |= dict(output=str(output), model=a.model, method=a.method, seed=a.seed, threshold=a.threshold, jobs=a.jobs, argv=argv, **({} if a.motion else {"motion": False}))
     if share is not None: return _share(share, recording, output, arguments, a)
     if resuming:
         before = json.loads((output/"run.json").read_text())
@@ -627,7 +628,7 @@ def _run(a, argv):
     try:
         write_run(folder, arguments, "running")
         if in_parts: result = _in_parts(recording, arguments, inner, a)
-        else: result = sort(recording, model=a.model, method=a.method, seed=a.seed, n_jobs=a.jobs, threshold=a.threshold, folder=inner, progressbar=not a.quiet, **({"memory": a.memory * 1e9} if a.command == "sort" else {}))
+        else: result = sort(recording, model=a.model, method=a.method, seed=a.seed, n_jobs=a.jobs, threshold=a.threshold, motion=a.motion, folder=inner, progressbar=not a.quiet, **({"memory": a.memory * 1e9} if a.command == "sort" else {}))
         _into(result, folder, arguments)
         shutil.rmtree(inner, ignore_errors=True)
     except KeyboardInterrupt:
@@ -650,7 +651,7 @@ def _same_arguments(before, arguments):
     free = ("argv", "jobs", "output", "of")
     return {k: v for k, v in before["arguments"].items() if k not in free} == {k: v for k, v in json.loads(json.dumps(arguments)).items() if k not in free}
 
-def _settings_of(arguments): return {k: arguments[k] for k in ("model", "method", "seed", "threshold", "size", "radius")} | dict(memory=arguments["memory"] * 1e9)
+def _settings_of(arguments): return {k: arguments[k] for k in ("model", "method", "seed", "threshold", "size", "radius")} | dict(memory=arguments["memory"] * 1e9, motion=arguments.get("motion", True))
 
 def _in_parts(recording, arguments, folder, a, missing="run"):
     "Sort by neighbourhoods, on processes if more than one job is wanted."
@@ -684,6 +685,7 @@ def _share_command(arguments, index):
     flags = dict(geometry="--geometry", sampling_rate="--sampling-rate", dtype="--dtype", n_channels="--channels", model="--model", method="--method", seed="--seed", threshold="--threshold", size="--size", radius="--radius", memory="--memory")
     usual = dict(method="vb", seed=0, threshold=8., size=24, radius=60., memory=4.)
     given = [w for k, f in flags.items() if arguments.get(k) is not None and arguments[k] != usual.get(k) for w in (f, f"{arguments[k]:g}" if isinstance(arguments[k], float) else str(arguments[k]))]
+    if not arguments.get("motion", True): given.append("--no-motion")
     return shlex.join(["spike-ppl", "sort", arguments["recording"], *given, "--neighbourhood", str(index), "--of", str(arguments["of"]), "-o", arguments["output"]])
 
 def _merge(a, argv):
@@ -834,7 +836,9 @@ def cluster_peaks(
     truncation=20, # most units
     n_jobs=1, # threads
 )->np.ndarray: # unit of each peak, -1: of none
-    "Units of given peaks: one fit of the mixture, then the second look at each cluster's own windows."
+    """Units of given peaks: one fit of the mixture, then the second look at each cluster's own windows.
+
+    The motion of the tissue along the probe is not looked for: parts of one unit at different depths stay apart. Correct the motion before, or use `sort`."""
     t = np.asarray(sample_index, "int64")
     _check_settings(model, method)
     white = recording if recording.get_annotation("whitened") else decorrelate(recording if recording.get_annotation("standardised") else hold(standardise(recording, freq_max=.45 * recording.get_sampling_frequency(), seed=seed)), seed=seed)

@@ -138,7 +138,7 @@ class KnownStructure:
         "What the derivation of a model of the structure is made of."
         constants, plan = self.constants(written), self.plan
         transforms = {rv.name: (written.model.rvs_to_transforms.get(rv), self.transforms[rv.name][1]) for rv in written.free}
-        return LogJoint(written.model, *self.inputs, written.data, _Terms(plan, constants), self.initial(written), transforms), plan, constants
+        return LogJoint(written.model, *self.inputs, {k: written.data[k] for k in self.inputs[1]}, _Terms(plan, constants), self.initial(written), transforms), plan, constants
 
 class _Terms(Mapping):
     "A plan's terms with the arrays of one model in them, put in when they are looked at."

@@ -55,8 +55,9 @@ def _first_factors(d, s, sweeps=3):
     return _settle(d, _stirred(d, _settle(d, q, s, sweeps), s), s, sweeps)
 
 def _apart(d):
-    "PyMC's initial point; where spikes have scores, with Normal variables a little off it, lest what the scores multiply be exactly zero."
+    "PyMC's initial point, discrete vectors at random; where spikes have scores, with Normal variables a little off it, lest what the scores multiply be exactly zero."
     start, rng = d.initial(), np.random.default_rng(20170101)
+    start.update({k: d.family[k].generic(start[k], rng) for k in d.parameters if d.family[k].name == "Categorical" and start[k].ndim})
     if not d.scores: return start
     return {k: v + .1*rng.normal(size=np.shape(v)) if k in d.parameters and d.family[k].name in ("Normal", "MvNormal") else v for k, v in start.items()}
 
@@ -489,9 +490,8 @@ def _as_written(d, seed, *, starts, passes, tolerance, q, path, progress, latest
     def begin():
         q = {k: factor_near(d.family[k], v) for k, v in d.initial(rng).items()}
         if z:
-            q[z] = (np.zeros((*d.family[z].shape, d.n_states)),)
-            part = data_partition(d, rng)
-            if part is not None: q[z][0][np.arange(len(part)), part] = 5.
+            part = data_partition(d, rng)            # without one q[z] lies near random assignments: units that are alike would stay so
+            if part is not None: q[z] = (5.*(part[:, None] == np.arange(d.n_states)),)
         return q
     if q is None: q, _ = max((ascend(begin(), 15, False) for _ in range(max(1, starts))), key=lambda r: r[1])
     elif z: q[z] = (d.expected_logits(q),)

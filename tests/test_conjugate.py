@@ -691,3 +691,51 @@ def test_a_plan_that_let_go_serves_other_data_of_its_structure(x):
     y = x[:74, 1]
     one = stats.laplace(mu, 1.).logpdf(y[:, None])
     np.testing.assert_allclose(second.logits(dict(mu=mu)), np.log([.3, .7]) + one[::2] + one[1::2], rtol=1e-8)      # PyMC rounds log 2 to float32
+
+
+def test_a_term_over_late_spikes_alone_is_seen_by_the_check():
+    y = np.random.default_rng(0).normal(size=150)
+    with pm.Model(coords={"spike": range(150)}) as model:
+        mu = pm.Normal("mu", 0, 2, shape=2)
+        z = pm.Categorical("z", [.5, .5], dims="spike")
+        pm.Potential("unlike", -4. * pt.eq(z[120:-1], z[121:]))              # neighbours after the hundredth spike repel each other
+        pm.Normal("y", mu[z], .9, observed=y)
+    with pytest.raises(NotConjugate, match="'z'"): complete_conditional(model, "z")
+    assert set(derive(model).others) == {"z"}
+
+
+def test_observed_variables_keep_their_places_when_a_structure_is_met_again():
+    def model(seed):
+        rng = np.random.default_rng(seed)
+        with pm.Model() as m:
+            z = pm.Categorical("z", pm.Dirichlet("p", [1., 1.]), shape=20)
+            mu, rate = pm.Normal("mu", 0, 2, shape=2), pm.Gamma("rate", 1., .3, shape=2)
+            pm.Normal("y", mu[z], .7, observed=rng.normal(size=20))
+            pm.Exponential("k", rate[z], observed=rng.gamma(2, size=20))
+        return m
+    for seed in range(3): d = derive(m := model(seed))
+    assert d._met is not None and list(d.joint.data) == list(d.joint.observed)
+    fresh, point = conjugate.log_joint(m), {"z": np.arange(20) % 2}
+    assert np.allclose(complete_conditional(d.joint, "rate").natural(point), complete_conditional(fresh, "rate").natural(point))
+
+
+@pytest.mark.parametrize("n", [30, 120])
+def test_a_mixture_of_one_unit(n):
+    x = np.random.default_rng(0).normal(size=(n, 2))
+    with pm.Model(coords={"spike": range(n)}) as model:
+        mu = pm.Normal("mu", 0, 2, shape=(1, 2))
+        z = pm.Categorical("z", pm.Dirichlet("p", np.ones(1)), dims="spike")
+        pm.Normal("x", mu[z], 1., observed=x)
+    d = derive(model)
+    assert d.lowered and not d.others
+
+
+def test_what_a_correlation_of_zero_would_hide_is_seen():
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    with pm.Model(coords={"spike": range(40)}) as model:
+        mu = pm.Normal("mu", 0, 2, shape=(2, 2))
+        z = pm.Categorical("z", [.4, .6], dims="spike")
+        chol, *_ = pm.LKJCholeskyCov("chol", eta=2., n=2, sd_dist=pm.HalfNormal.dist(1., shape=2))
+        pm.MvNormal("x", mu[z], chol=chol, observed=x)                      # chol is not conjugate and starts at the identity
+    d = derive(model)
+    assert set(d.others) == {"chol"} and d.structure == "full" and d.family["mu"].name == "MvNormal"

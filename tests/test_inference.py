@@ -577,3 +577,51 @@ def test_start_partition_covers_the_clusters():
     z = start_partition(np.asarray(x), 6, 0)
     assert z.shape == (400,) and len(np.unique(z)) == 6
     np.testing.assert_array_equal(z, start_partition(np.asarray(x), 6, 0))
+
+
+# ---- models that people write in notebooks
+y7 = np.array([-2., -1.6, -1.9, 1.5, 2.2, 1.9, .1])
+
+def two_units(observed=y7, potential=None, **kw):
+    with pm.Model() as m:
+        z = pm.Categorical("z", pm.Dirichlet("p", [1., 1.]), **(kw or dict(shape=len(observed))))
+        mu = pm.Normal("mu", 0, 2, shape=2)
+        if potential: pm.Potential("potential", potential(mu))
+        pm.Normal("y", mu[z], .7, observed=observed)
+    return m
+
+def test_units_whose_means_repel_each_other_are_sampled():
+    m = two_units(potential=lambda mu: -.5*(mu[1] - mu[0] - 3)**2)
+    assert parts(derive(m)).unit == () and derive(m).family["mu"].name == "MvNormal"      # no row of mu has a conditional of its own
+    f = fit(m, "gibbs", draws=100, tune=20, chains=1, **quiet)
+    assert np.isfinite(f.posterior["mu"]).all() and f.attrs["moves"].startswith("off: no variable belongs to one unit alone")
+
+def test_the_missing_value_of_a_spike_is_kept_when_assignments_are_summed_out():
+    gap = y7.copy(); gap[2] = np.nan
+    with pytest.warns(Warning, match="impute|[Mm]issing|missing"): m = two_units(np.ma.masked_invalid(gap), shape=7)
+    point = dict(p_simplex__=np.array([.3]), mu=np.array([-1.5, 1.]), y_unobserved=np.array([.4]))
+    small = marginal(m)
+    value = lambda **new: float(small.compile_logp(jacobian=False)({**point, **new}))
+    density = lambda y: logsumexp(np.log(small.rvs_to_transforms[small["p"]].backward(pt.as_tensor([.3])).eval()) - .5*((y - point["mu"])/.7)**2)
+    assert np.isclose(value() - value(y_unobserved=np.array([-1.])), density(.4) - density(-1.))
+
+def test_a_model_without_assignments_and_one_with_two_for_each_spike():
+    with pm.Model() as plain:
+        mu, t = pm.Normal("mu", 0, 3), pm.Gamma("t", 2, 2)
+        pm.Normal("y", mu, tau=t, observed=y7)
+    f = fit(plain, "gibbs", draws=50, tune=10, chains=1, **quiet)
+    assert abs(float(f.posterior["mu"].mean())) < 1.5
+    f = fit(two_units(np.stack([y7, -y7], 1), shape=(7, 2)), "gibbs", draws=50, tune=50, chains=1, **quiet)
+    z = f.posterior["z"].values[0]
+    assert z.shape == (50, 7, 2) and (z[:, 0, 0] != z[:, 0, 1]).mean() > .9
+
+def test_variational_bayes_starts_from_units_that_differ():
+    m = two_units()
+    with m:
+        kind, rate = pm.Categorical("kind", pm.Dirichlet("q", [1., 1.]), shape=8), pm.Gamma("rate", 1., .3, shape=2)
+        pm.Poisson("count", rate[kind], observed=[1, 0, 2, 1, 7, 9, 8, 4])
+    f = fit(m, "vb", draws=100, **quiet)
+    assert all(np.ptp(f.posterior[k].mean(("chain", "draw")).values) > 2 for k in ("mu", "rate"))
+
+def test_other_rows_are_refused_where_pymc_samples(model, data):
+    with pytest.raises(ValueError, match="features= cannot stand in"): fit(model, "nuts", features=np.r_[data[0].values, data[0].values], draws=2, tune=2, chains=1, **quiet)

@@ -236,3 +236,17 @@ def test_interrupt_leaves_a_folder_and_resume_finishes(demo, sorted_folder, tmp_
     assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
     with np.load(out / "sorting.npz") as a, np.load(sorted_folder / "sorting.npz") as b:
         assert np.array_equal(a["unit"], b["unit"])
+
+
+@pytest.mark.parametrize("flags, wanted", [([], True), (["--no-motion"], False)])
+def test_the_command_can_leave_motion_alone(demo, tmp_path, monkeypatch, flags, wanted):
+    folder, *_ = demo
+    told = []
+
+    def stand_in(recording, **how):
+        told.append(how["motion"])
+        raise ValueError("told")
+
+    monkeypatch.setattr("spike_ppl.sort.sort", stand_in)
+    where = ["--sampling-rate", str(RATE), "--geometry", str(folder / "geometry.txt"), "-o", str(tmp_path / "out"), "--quiet"]
+    assert main(["sort", str(folder / "rec.bin"), *where, *flags]) == 2 and told == [wanted]

@@ -16,9 +16,10 @@ __all__ = ['READERS', 'FLAT', 'RecordingError', 'RecordingWarning', 'read_geomet
            'check_recording', 'open_recording', 'demo_recording', 'standardise', 'hold', 'history']
 
 # %% ../nbs/01_recording.ipynb #36468a68
-import warnings
+import functools, warnings
 from pathlib import Path
 
+import numba
 import numpy as np
 
 # %% ../nbs/01_recording.ipynb #2981fbc6
@@ -423,6 +424,39 @@ def demo_recording(
     if n_units: sorting.set_property("main_channel_id", recording.channel_ids[np.abs(sorting.get_annotation("templates")).max(1).argmax(1)])
     return recording, sorting
 
+# %% ../nbs/01_recording.ipynb #bdd667ba
+@numba.njit(cache=True, nogil=True)
+def _cascade(y, sos, state, backward):
+    "Second-order sections over traces (time, channel), in place; state (section, 2, channel)."
+    for i in range(len(y)):
+        row = y[len(y) - 1 - i if backward else i]
+        for s in range(len(sos)):
+            b0, b1, b2, a1, a2 = sos[s, 0], sos[s, 1], sos[s, 2], sos[s, 4], sos[s, 5]
+            first, second = state[s, 0], state[s, 1]
+            for c in range(len(row)):
+                x = row[c]
+                v = b0 * x + first[c]
+                first[c], second[c] = b1 * x - a1 * v + second[c], b2 * x - a2 * v
+                row[c] = v
+
+def _both_ways(sos, x):
+    "What `scipy.signal.sosfiltfilt(sos, x, axis=0)` gives, all channels at once."
+    from scipy.signal import sosfilt_zi
+    e = 3 * (2 * len(sos) + 1 - min((sos[:, 2] == 0).sum(), (sos[:, 5] == 0).sum()))     # samples put on at either end, mirrored
+    if len(x) <= e: raise ValueError(f"{len(x)} samples are too few for this filter; it needs more than {e}.")
+    y = np.empty((len(x) + 2 * e, x.shape[1]))
+    y[e:-e] = x
+    y[:e], y[-e:] = 2 * y[e] - y[2 * e:e:-1], 2 * y[-e - 1] - y[-e - 2:-2 * e - 2:-1]
+    rest = sosfilt_zi(sos)[:, :, None]
+    for backward in (False, True): _cascade(y, sos, rest * y[-backward], backward)
+    return y[e:-e]
+
+def _band_passed(segment, start_frame, end_frame, channel_indices):
+    "Traces of a segment of SpikeInterface's `BandpassFilterRecording`."
+    from spikeinterface.core import get_chunk_with_margin
+    x, left, right = get_chunk_with_margin(segment.parent_recording_segment, start_frame, end_frame, channel_indices, segment.margin)
+    return _both_ways(segment.coeff, x)[left:len(x) - right].astype("float32")
+
 # %% ../nbs/01_recording.ipynb #d46f5c89
 def standardise(
     recording, # SpikeInterface recording with a probe
@@ -443,15 +477,16 @@ def standardise(
         raise RecordingError(f"The band {freq_min:g} to {freq_max:g} Hz does not fit a sampling rate of {rate:g} Hz; expected 0 < freq_min < freq_max < {rate / 2:g}.")
     filtered = bandpass_filter(recording, freq_min=freq_min, freq_max=freq_max, filter_order=3, ftype="butter", filter_mode="sos",
         direction="forward-backward", margin_ms=6000. / freq_min, dtype="float32", ignore_low_freq_error=True)
+    for segment in filtered.segments: segment.get_traces = functools.partial(_band_passed, segment)
     n = int(chunk_duration * rate)
     picks = spread_stretches(recording.get_num_samples(0), n, n_chunks, seed)
-    x = np.concatenate([filtered.get_traces(start_frame=a, end_frame=b) for a, b in picks])
-    median = np.median(x, axis=0)
-    sd = np.median(np.abs(x - median), axis=0) / .6744897501960817
+    x = np.concatenate([np.ascontiguousarray(filtered.get_traces(start_frame=a, end_frame=b).T) for a, b in picks], axis=1)     # (channel, time): a median wants its numbers side by side
+    median = np.median(x, axis=1)
+    sd = np.median(np.abs(x - median[:, None]), axis=1) / .6744897501960817
     if not (sd > 0).all():
         raise RecordingError(f"Channels {first_few(recording.channel_ids[~(sd > 0)])} are silent in most of the recording, so they have no noise to scale by. Leave them out (`check_recording` does it if they are constant throughout).")
     out = zscore(filtered, mode="median+mad", gain=1 / sd, offset=-median / sd, dtype="float32")
-    if whiten: out = whitening(out, dtype="float32", W=_whitening((x - median) / sd, recording.get_channel_locations(), int(5e-4 * rate)).astype("float32"))
+    if whiten: out = whitening(out, dtype="float32", W=_whitening((x.T - median) / sd, recording.get_channel_locations(), int(5e-4 * rate)).astype("float32"))
     out.annotate(standardised=True, whitened=bool(whiten))
     out.set_property("noise_sd", sd)
     return out

@@ -379,7 +379,8 @@ def cut_at(
     from scipy import fft
     n_total, width = recording.get_num_samples(0), before + after + 1 + 2 * pad
     out = np.empty((len(sample_index), before + after + 1, recording.get_num_channels()), "float32")
-    turn = 2j * np.pi * np.fft.rfftfreq(width)
+    long = fft.next_fast_len(width, real=True)      # the transform of a prime number of samples takes five times as long
+    turn = 2j * np.pi * np.fft.rfftfreq(long)
     lo = np.asarray(sample_index) - before - pad
     if len(lo) and (lo.min() < 0 or (lo + width).max() > n_total): raise ValueError(f"windows of {width} samples do not fit into a recording of {n_total} samples around all of these spikes")
     size = 8 * PIECE
@@ -391,6 +392,6 @@ def cut_at(
         w = x[(lo[rows] - base)[:, None] + np.arange(width)]
         if subtract is not None: subtract_others(w, lo[rows], subtract[2][rows], *subtract[0].spikes, subtract[1].shifted)
         s = shift[rows]
-        w = fft.irfft(fft.rfft(w, axis=1) * np.exp(turn * s[:, None])[:, :, None].astype("complex64"), width, axis=1)
+        if s.any(): w = fft.irfft(fft.rfft(w, long, axis=1) * np.exp(turn * s[:, None])[:, :, None].astype("complex64"), long, axis=1)
         out[rows] = w[:, pad:pad + before + after + 1]
     return out

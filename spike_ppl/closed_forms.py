@@ -9,8 +9,9 @@ names, and what was found never replaces a function with which it does not agree
 
 # %% ../nbs/05b_closed_forms.ipynb #d9d4da72
 from __future__ import annotations
+from operator import is_not
 from typing import NamedTuple
-import numpy as np
+import numba, numpy as np
 from scipy.special import multigammaln
 
 # %% auto #0
@@ -101,9 +102,37 @@ def _empty(d):
     K, D = d.n_states, d.n_features
     return Statistics(np.zeros(K), np.zeros((K, D)), np.zeros((K, D, D) if d.structure == "full" else (K, D)))
 
+@numba.njit(cache=True, nogil=True)
+def _inverted(P, out, logdet):
+    "Inverses and log determinants of positive definite matrices (matrix, D, D), by Cholesky factors; False if one is none."
+    D = P.shape[1]
+    L, M = np.zeros((D, D)), np.zeros((D, D))          # the factor and its inverse
+    for k in range(len(P)):
+        logdet[k] = 0.
+        for i in range(D):
+            for j in range(i + 1):
+                s = P[k, i, j]
+                for a in range(j): s -= L[i, a]*L[j, a]
+                if i > j: L[i, j] = s*M[j, j]
+                elif s > 0: L[i, i] = np.sqrt(s); M[i, i] = 1/L[i, i]; logdet[k] += 2*np.log(L[i, i])
+                else: return False
+            for j in range(i):
+                s = 0.
+                for a in range(j, i): s -= L[i, a]*M[a, j]
+                M[i, j] = s*M[i, i]
+        for i in range(D):
+            for j in range(i + 1):
+                s = 0.
+                for a in range(i, D): s += M[a, i]*M[a, j]
+                out[k, i, j] = out[k, j, i] = s
+    return True
+
 def _symmetric_inverse(P):
-    L = np.linalg.inv(np.linalg.cholesky(P))
-    return np.swapaxes(L, -1, -2) @ L
+    "Inverses of positive definite matrices (..., D, D), and their log determinants; raises LinAlgError for what is none."
+    out, logdet = np.empty(P.shape), np.empty(P.shape[:-2])
+    D = P.shape[-1]
+    if not _inverted(np.ascontiguousarray(P, float).reshape(-1, D, D), out.reshape(-1, D, D), logdet.reshape(-1)): raise np.linalg.LinAlgError("a matrix is not positive definite")
+    return out, logdet
 
 # %% ../nbs/05b_closed_forms.ipynb #838efc9e
 class _Gaussian:
@@ -111,7 +140,7 @@ class _Gaussian:
     def __init__(self, d):
         self._d, self._roles = d, parts(d)
         self._full, self._none = d.structure == "full", _empty(d)
-        self._checked = _cache(d).setdefault("closed", None)
+        self._checked, self._read = _cache(d).setdefault("closed", None), {}
         mode, d.mode = d.mode, AS_WRITTEN            # to recognise and to compare are a few calls: rewriting the graphs would cost more
         try:
             self._find()
@@ -267,7 +296,7 @@ class _Gaussian:
     def _remember(self, slot, keys, make):
         memory = self.__dict__.setdefault("_memory", {})
         old = memory.get(slot)
-        if old is None or len(old[0]) != len(keys) or any(a is not b for a, b in zip(old[0], keys)): memory[slot] = old = keys, make()
+        if old is None or len(old[0]) != len(keys) or any(map(is_not, old[0], keys)): memory[slot] = old = keys, make()
         return old[1]
 
     def _spread_values(self, name, v):
@@ -296,16 +325,18 @@ class _Gaussian:
         if name in self._means:
             P, h = natural
             if not self._full: return h/P, 1/P
-            V = _symmetric_inverse(P)
+            V = _symmetric_inverse(P)[0]
             return np.einsum("kij,kj->ki", V, h), V
+        if self._kinds[name] == "Wishart":
+            inverse, of_B = _symmetric_inverse(natural[1])
+            T, logT = natural[0][..., None, None]*inverse, d.family[name]._logdet(natural, of_B)
+            return (T[None], logT[None]) if name in self._spreads and not self._has_rows(name) else (T, logT)
         st = d.family[name].statistics(natural)
         if name in self._spreads:
-            a, b = {"InverseGamma": ("inverse", "log"), "Gamma": ("x", "log"), "Wishart": ("x", "logdet")}[self._kinds[name]]
+            a, b = {"InverseGamma": ("inverse", "log"), "Gamma": ("x", "log")}[self._kinds[name]]
             T, logT = (v if self._has_rows(name) else v[None] for v in (np.asarray(st[a]), np.asarray(st[b])))
-            if self._kinds[name] == "Wishart": return T, logT
             return T, (-logT if self._kinds[name] == "InverseGamma" else logT).sum(1)
         if self._stick and name == self._stick[0]: return st["log"], st["x"]
-        if self._kinds[name] == "Wishart": return st["x"], st["logdet"]
         return [st["log"]] if "log1m" not in st else [st["log"], st["log1m"]]
 
     def _expected(self, q):
@@ -381,13 +412,13 @@ class _Gaussian:
             one = np.ones(self._d.family[name].shape)
             base = one, one*e[self._stick[0]][1]
         else: base = self._prior[name]
-        return tuple(b + np.tensordot(s[0], J, 1) for b, J in zip(base, self._counts[name]))
+        return tuple(b + (s[0] @ J.reshape(len(J), -1)).reshape(J.shape[1:]) for b, J in zip(base, self._counts[name]))
 
     def _quadratic(self, e):
         K, D = self._d.n_states, self._d.n_features
         c = np.zeros(K)
         for k in self._roles.weights:
-            for J, l in zip(self._counts[k], e[k]): c += np.tensordot(J, l, l.ndim)
+            for J, l in zip(self._counts[k], e[k]): c += J.reshape(K, -1) @ l.ravel()
         (m, V), (T, logT) = self._centres(e), self._precisions(e)
         if self._full:
             b = np.einsum("kij,kj->ki", T, m)
@@ -440,7 +471,8 @@ class _Gaussian:
         return data_term(s, self.unit_quadratic(point)) + self._priors(self._values(point), point, None)
     def expected_natural(self, name, q, s=None):
         if name not in self._checked: return self._d.expected_natural(name, q, s)
-        return self._natural(name, self._expected({k: v for k, v in q.items() if k != name and self._needs(name, k)}), s)
+        if name not in self._read: self._read[name] = [k for k in self._d.parameters if k != name and self._needs(name, k)]
+        return self._natural(name, self._expected({k: q[k] for k in self._read[name]}), s)
     def expected_quadratic(self, q):
         if "quadratic" not in self._checked: return self._d.expected_quadratic(q)
         return self._remember("expected", tuple(q[k] for k in self._d.parameters), lambda: self._quadratic(self._expected(q)))

@@ -61,8 +61,10 @@ def whitening_filter(
     level = next((l for l in pieces if len(pieces[l]) * piece > 20 * recording.get_num_channels() * lags), np.inf)
     x = np.stack(pieces[level]) if pieces[level] else None
     if x is None: raise RecordingError(f"The recording has {n_samples} samples; its noise cannot be estimated from less than {piece} ({piece / rate * 1e3:.0f} ms).")
-    spectrum = fft.rfft(x, 2 * piece, axis=1)
-    power = np.matmul(spectrum.conj().transpose(1, 2, 0), spectrum.transpose(1, 0, 2))
+    power = 0.
+    for a in range(0, len(x), 64):      # as many at once as stay in the cache
+        spectrum = fft.rfft(x[a:a + 64], 2 * piece, axis=1)
+        power = power + np.matmul(spectrum.conj().transpose(1, 2, 0), spectrum.transpose(1, 0, 2))
     every = np.r_[-lags:lags + 1]
     covariance = np.fft.irfft(power, 2 * piece, axis=0)[every] / (len(x) * (piece - np.abs(every)))[:, None, None]
     size = 1 << int(np.ceil(np.log2(8 * lags)))
@@ -226,38 +228,63 @@ def _peaks(score, window, threshold, start, stop):
         if best: out.append(t)
     return np.array(out)
 
+@numba.njit(cache=True, nogil=True)
+def channels_first(x, before, n):
+    "Traces (time, channel) as (channel, n) with zeros around them; NumPy's copy of `x.T` takes more than twice as long."
+    out = np.zeros((x.shape[1], n), np.float32)
+    for t in range(len(x)):
+        for c in range(x.shape[1]): out[c, before + t] = x[t, c]
+    return out
+
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
 def _projected(y, shapes, total, main):
-    "Energy of traces (channel, time) in all shapes and in the first, from each sample; the shapes' width is a multiple of 8."
-    whole = np.empty(512, np.float32)
+    "Energy of traces (channel, time) in all shapes and in the first, from each sample; as many shapes as is a multiple of 3, as wide as is one of 8."
+    parts = np.empty((3, 512), np.float32)
     for c in range(total.shape[0]):
-        for a in range(0, total.shape[1], len(whole)):
-            n = min(len(whole), total.shape[1] - a)
-            part = whole[:n]
-            for s in range(len(shapes)):
-                part[:] = 0
+        for a in range(0, total.shape[1], parts.shape[1]):
+            n = min(parts.shape[1], total.shape[1] - a)
+            p, q, r = parts[0, :n], parts[1, :n], parts[2, :n]
+            for s in range(0, len(shapes), 3):
+                parts[:] = 0
                 for w in range(0, shapes.shape[1], 8):
-                    row, b0, b1, b2, b3, b4, b5, b6, b7 = y[c, a + w:a + w + n + 7], shapes[s, w], shapes[s, w + 1], shapes[s, w + 2], shapes[s, w + 3], shapes[s, w + 4], shapes[s, w + 5], shapes[s, w + 6], shapes[s, w + 7]
-                    for i in range(n): part[i] += b0 * row[i] + b1 * row[i + 1] + b2 * row[i + 2] + b3 * row[i + 3] + b4 * row[i + 4] + b5 * row[i + 5] + b6 * row[i + 6] + b7 * row[i + 7]
+                    row, b = y[c, a + w:a + w + n + 7], shapes[s:s + 3, w:w + 8]
+                    b0, b1, b2, b3, b4, b5, b6, b7 = b[0, 0], b[0, 1], b[0, 2], b[0, 3], b[0, 4], b[0, 5], b[0, 6], b[0, 7]
+                    d0, d1, d2, d3, d4, d5, d6, d7 = b[1, 0], b[1, 1], b[1, 2], b[1, 3], b[1, 4], b[1, 5], b[1, 6], b[1, 7]
+                    e0, e1, e2, e3, e4, e5, e6, e7 = b[2, 0], b[2, 1], b[2, 2], b[2, 3], b[2, 4], b[2, 5], b[2, 6], b[2, 7]
+                    for i in range(n):      # three shapes at once: each sample is read once for all of them
+                        y0, y1, y2, y3, y4, y5, y6, y7 = row[i], row[i + 1], row[i + 2], row[i + 3], row[i + 4], row[i + 5], row[i + 6], row[i + 7]
+                        p[i] += b0 * y0 + b1 * y1 + b2 * y2 + b3 * y3 + b4 * y4 + b5 * y5 + b6 * y6 + b7 * y7
+                        q[i] += d0 * y0 + d1 * y1 + d2 * y2 + d3 * y3 + d4 * y4 + d5 * y5 + d6 * y6 + d7 * y7
+                        r[i] += e0 * y0 + e1 * y1 + e2 * y2 + e3 * y3 + e4 * y4 + e5 * y5 + e6 * y6 + e7 * y7
                 for i in range(n):
-                    if s == 0: main[c, a + i] = total[c, a + i] = part[i] * part[i]
-                    else: total[c, a + i] += part[i] * part[i]
+                    if s == 0: main[c, a + i] = total[c, a + i] = p[i] * p[i]
+                    else: total[c, a + i] += p[i] * p[i]
+                    total[c, a + i] += q[i] * q[i] + r[i] * r[i]
 
 def _energy(x, basis):
     "Energy in all shapes and in the first on each channel, two of (channel, time); shapes are centred on their middle."
-    n, width = len(x), basis.shape[1]
-    wide = -(-width // 8) * 8
-    y, shapes = np.zeros((x.shape[1], n + wide), "float32"), np.zeros((len(basis), wide), "float32")
-    y[:, width // 2:width // 2 + n], shapes[:, :width] = x.T, basis
+    n, (number, width) = len(x), basis.shape
+    shapes = np.zeros((-(-number // 3) * 3, -(-width // 8) * 8), "float32")
+    shapes[:number, :width] = basis
     total, main = (np.empty((x.shape[1], n), "float32") for _ in range(2))
-    _projected(y, shapes, total, main)
+    _projected(channels_first(x, width // 2, n + shapes.shape[1]), shapes, total, main)
     return total, main
 
-@numba.njit(cache=True, nogil=True)
-def _raise(score, energy, expected):
-    "Raise the score (time) to the largest energy (area, time) above what is expected of it (area)."
-    for k in range(len(energy)):
-        for t in range(len(score)): score[t] = max(score[t], energy[k, t] - expected[k])
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _scores(energy, areas, expected):
+    "Largest sum of energies (channel, time) over an area, weighted (size, area, channel), above what is expected of it (size, area)."
+    out, sums = np.full(energy.shape[1], np.float32(-np.inf)), np.empty(1024, np.float32)
+    for a in range(0, len(out), len(sums)):
+        n = min(len(sums), len(out) - a)
+        top, part = out[a:a + n], sums[:n]
+        for s in range(len(areas)):
+            for k in range(areas.shape[1]):
+                part[:] = -expected[s, k]
+                for c in np.flatnonzero(areas[s, k]):
+                    row, w = energy[c, a:a + n], areas[s, k, c]
+                    for i in range(n): part[i] += w * row[i]
+                for i in range(n): top[i] = max(top[i], part[i])
+    return out
 
 # %% ../nbs/12a_detection.ipynb #cf4a9eb5
 class Peaks(NamedTuple):
@@ -319,8 +346,7 @@ def find(
             x = x.copy()
             subtract_all(x, first, *subtract[0].spikes, subtract[1].shifted)
         total, main = _energy(x, basis)
-        score = np.full(total.shape[1], -np.inf, "float32")
-        for area, expected in zip(sums, offset): _raise(score, area @ total, expected)
+        score = _scores(total, sums, offset)
         t = _peaks(score, window, threshold, max(start, edge) - first, max(max(start, edge) - first, min(stop, n_total - edge) - first))
         if not len(t): return np.zeros((4, 0))
         c = total[:, t].argmax(0)
@@ -353,7 +379,8 @@ def cut_at(
     from scipy import fft
     n_total, width = recording.get_num_samples(0), before + after + 1 + 2 * pad
     out = np.empty((len(sample_index), before + after + 1, recording.get_num_channels()), "float32")
-    turn = 2j * np.pi * np.fft.rfftfreq(width)
+    long = fft.next_fast_len(width, real=True)      # the transform of a prime number of samples takes five times as long
+    turn = 2j * np.pi * np.fft.rfftfreq(long)
     lo = np.asarray(sample_index) - before - pad
     if len(lo) and (lo.min() < 0 or (lo + width).max() > n_total): raise ValueError(f"windows of {width} samples do not fit into a recording of {n_total} samples around all of these spikes")
     size = 8 * PIECE
@@ -365,6 +392,6 @@ def cut_at(
         w = x[(lo[rows] - base)[:, None] + np.arange(width)]
         if subtract is not None: subtract_others(w, lo[rows], subtract[2][rows], *subtract[0].spikes, subtract[1].shifted)
         s = shift[rows]
-        w = fft.irfft(fft.rfft(w, axis=1) * np.exp(turn * s[:, None])[:, :, None].astype("complex64"), width, axis=1)
+        if s.any(): w = fft.irfft(fft.rfft(w, long, axis=1) * np.exp(turn * s[:, None])[:, :, None].astype("complex64"), long, axis=1)
         out[rows] = w[:, pad:pad + before + after + 1]
     return out

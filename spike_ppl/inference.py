@@ -8,7 +8,7 @@ methods, NUTS and ADVI on the model with its assignments summed out among them, 
 
 # %% ../nbs/06_inference.ipynb #8e650dbd
 from __future__ import annotations
-import json, logging, sys, time, warnings
+import functools, json, logging, sys, time, warnings
 import numpy as np, xarray as xr
 from scipy.special import logsumexp, softmax
 from tqdm.auto import tqdm
@@ -103,6 +103,7 @@ def _names_in(joint, term):
     return {k for k, v in joint.free.items() if v in inside}
 
 # %% ../nbs/06_inference.ipynb #e11c0348
+@functools.cache
 def _versions():
     import importlib.metadata as meta
     out = {"python": sys.version.split()[0]}

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 
 # %% ../nbs/12c_matching.ipynb #62c35baf
-from .detection import FAST, PIECE, Peaks, attributes_of, cut_at, find, made_classes, made_when_asked, subtract_all
+from .detection import FAST, PIECE, Peaks, attributes_of, channels_first, cut_at, find, made_classes, made_when_asked, subtract_all
 from .templates import cross_responses, delayed, mean_template, noise_left
 
 # %% ../nbs/12c_matching.ipynb #1bcb9fe6
@@ -38,7 +38,7 @@ class Bank(NamedTuple):
     spectra: list          # channels and conjugated transform of each template on them
 
 # %% ../nbs/12c_matching.ipynb #ac69f4f2
-BLOCK = 8192   # samples of a Fourier transform: short enough for the cache
+BLOCK = 8640   # samples of a Fourier transform: short enough for the cache, and four of them hold a piece with its margins
 
 def make_bank(
     templates, # (template, time, channel) in whitened space
@@ -200,25 +200,25 @@ def _posterior(y, at, of, step, size, shifted, energy, near, where, reach, preci
 
 # %% ../nbs/12c_matching.ipynb #cab5aef0
 @numba.njit(**FAST)
-def _filtered_sum(block, channels, spectrum, out):
-    "Sum over a template's channels of transforms (channel, frequency) times its own, into `out` (frequency)."
+def _filtered_sum(blocks, channels, spectrum, out):
+    "Sum over a template's channels of transforms (block, channel, frequency) times its own, into `out` (block, frequency); each row of its own is read once for all blocks."
     out[:] = 0
     for i in range(len(channels)):
-        a, b = block[channels[i]], spectrum[i]
-        for f in range(len(out)): out[f] += a[f] * b[f]
+        b = spectrum[i]
+        for j in range(len(blocks)):
+            a, s = blocks[j, channels[i]], out[j]
+            for f in range(len(b)): s[f] += a[f] * b[f]
 
-def _products(x, bank, n):
-    "Product of every template with the traces (time, channel) from each sample (template, time)."
+def _products(y, bank, n):
+    "Product of every template with the traces (channel, time) from each sample (template, time)."
     from scipy import fft
     T = bank.templates.shape[2]
-    y = np.ascontiguousarray(x.T)
     out = np.empty((len(bank.templates), n), "float32")
-    step, sums = BLOCK - T + 1, np.empty((len(out), BLOCK // 2 + 1), "complex64")
-    for a in range(0, n, step):
-        block = fft.rfft(y[:, a:a + BLOCK], BLOCK, axis=1)
-        m = min(step, n - a)
-        for k, (channels, spectrum) in enumerate(bank.spectra): _filtered_sum(block, channels, spectrum, sums[k])
-        out[:, a:a + m] = fft.irfft(sums, BLOCK, axis=1)[:, :m]
+    step = BLOCK - T + 1
+    starts = range(0, n, step)
+    blocks, sums = np.stack([fft.rfft(y[:, a:a + BLOCK], BLOCK, axis=1) for a in starts]), np.empty((len(out), len(starts), BLOCK // 2 + 1), "complex64")
+    for k, (channels, spectrum) in enumerate(bank.spectra): _filtered_sum(blocks, channels, spectrum, sums[k])
+    for j, a in enumerate(starts): out[:, a:a + step] = fft.irfft(sums[:, j], BLOCK, axis=1)[:, :min(step, n - a)]
     return out
 
 # %% ../nbs/12c_matching.ipynb #dd679069
@@ -228,7 +228,8 @@ def _match_piece(x, bank, sweeps, threshold, dead):
     n = len(x) - T + 1
     empty = {c: np.zeros(0, "int64" if c in ("start", "template", "step", "second") else "float32") for c in Matched.columns}
     if n <= 0 or K == 0: return empty
-    y, match = np.ascontiguousarray(x.T), _products(x, bank, n)
+    y = channels_first(x, 0, len(x))
+    match = _products(y, bank, n)
     middle = (bank.templates**2).sum((1, 2))
     at, of, step, gain = _peel(y, match, bank.shifted, middle, bank.energy, bank.cross, bank.meets, bank.where, bank.reach, np.float32(bank.precision), bank.log_prior, dead, np.float32(threshold), 50)
     if not len(at): return empty
@@ -333,14 +334,16 @@ def not_sums(
 ): # (kept,) int
     "Rows of templates that are not two others, overlapping at a fixed lag."
     kept = list(range(len(templates)))
+    if len(kept) < 3: return np.array(kept, int)
     norm, (noise, _) = np.linalg.norm(templates, axis=(1, 2)), noise_left(templates, counts)
+    bank = make_bank(templates, before, 1e-2)
     for i in np.argsort(counts, kind="stable"):
         others = [j for j in kept if j != i and counts[j] > counts[i] and norm[j] < 1.05 * norm[i]]
         if len(others) < 2: continue
         T, C = templates.shape[1:]
         x = np.zeros((5 * T, C), "float32"); x[2 * T:3 * T] = templates[i]
-        bank = make_bank(templates[others], before, 1e-2)
-        found = _match_piece(x, bank, 1, 0., T // 4)
+        prior = np.full(len(templates), -1e9, "float32"); prior[others] = bank.log_prior[others]      # a spike of any but the others is ruled out
+        found = _match_piece(x, bank._replace(log_prior=prior), 1, 0., T // 4)
         if len(found["start"]) < 2: continue
         subtract_all(x, 0, found["start"], found["template"], found["step"], found["gain"], bank.shifted)
         if np.linalg.norm(x) < max(left, part * norm[i]) + np.sqrt(noise[i]): kept.remove(i)

@@ -10,7 +10,7 @@ quadratic function per unit. This chapter is what lies between: arrays in, array
 from __future__ import annotations
 from typing import NamedTuple
 from concurrent.futures import ThreadPoolExecutor
-import threading
+import functools, threading
 import numba, numpy as np, xarray as xr
 from threadpoolctl import ThreadpoolController
 
@@ -160,6 +160,11 @@ class _Workspace:
         return self.tails[n]
 
 # %% ../nbs/05a_passes.ipynb #f54e60de
+@functools.cache
+def _pairs(n):
+    "Rows and columns of the upper triangle, the diagonal too, of an n x n matrix."
+    return np.triu_indices(n)
+
 def lifted(
     x:np.ndarray,      # features, (spike, feature)
     full:bool,         # every product of two features, or only the squares
@@ -168,7 +173,7 @@ def lifted(
     "Features and their products."
     y = x - centre
     if not full: return np.concatenate([y, y*y], 1)
-    i, j = np.triu_indices(x.shape[1])
+    i, j = _pairs(x.shape[1])
     return np.concatenate([y, y[:, i]*y[:, j]], 1)
 
 def lowered_weights(
@@ -178,7 +183,7 @@ def lowered_weights(
     "Constant and weights such that log-probabilities are constant + lifted @ weights.T"
     c, b, A = quadratic
     if A.ndim == 3:
-        i, j = np.triu_indices(b.shape[1])
+        i, j = _pairs(b.shape[1])
         Am = A @ centre
         W = np.concatenate([b - Am, np.where(i == j, -.5, -1.)*(A[:, i, j] + A[:, j, i])/2], 1)
     else: Am = A*centre; W = np.concatenate([b - Am, -.5*A], 1)
@@ -194,7 +199,7 @@ def unlifted(
     D = len(centre)
     m = np.where(N[:, None] > 0, S[:, :D]/np.maximum(N, 1e-300)[:, None], 0.)
     if full:
-        i, j = np.triu_indices(D)
+        i, j = _pairs(D)
         scatter = np.empty((len(N), D, D))
         scatter[:, i, j] = scatter[:, j, i] = S[:, D:]
         scatter -= N[:, None, None]*m[:, :, None]*m[:, None, :]

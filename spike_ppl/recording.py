@@ -446,13 +446,13 @@ def standardise(
         direction="forward-backward", margin_ms=6000. / freq_min, dtype="float32", ignore_low_freq_error=True)
     n = int(chunk_duration * rate)
     picks = spread_stretches(recording.get_num_samples(0), n, n_chunks, seed)
-    x = np.concatenate([filtered.get_traces(start_frame=a, end_frame=b) for a, b in picks])
-    median = np.median(x, axis=0)
-    sd = np.median(np.abs(x - median), axis=0) / .6744897501960817
+    x = np.concatenate([np.ascontiguousarray(filtered.get_traces(start_frame=a, end_frame=b).T) for a, b in picks], axis=1)     # (channel, time): a median wants its numbers side by side
+    median = np.median(x, axis=1)
+    sd = np.median(np.abs(x - median[:, None]), axis=1) / .6744897501960817
     if not (sd > 0).all():
         raise RecordingError(f"Channels {first_few(recording.channel_ids[~(sd > 0)])} are silent in most of the recording, so they have no noise to scale by. Leave them out (`check_recording` does it if they are constant throughout).")
     out = zscore(filtered, mode="median+mad", gain=1 / sd, offset=-median / sd, dtype="float32")
-    if whiten: out = whitening(out, dtype="float32", W=_whitening((x - median) / sd, recording.get_channel_locations(), int(5e-4 * rate)).astype("float32"))
+    if whiten: out = whitening(out, dtype="float32", W=_whitening((x.T - median) / sd, recording.get_channel_locations(), int(5e-4 * rate)).astype("float32"))
     out.annotate(standardised=True, whitened=bool(whiten))
     out.set_property("noise_sd", sd)
     return out

@@ -3,7 +3,7 @@ import itertools
 import numpy as np, pymc as pm, pytensor.tensor as pt, pytest, xarray as xr
 from scipy import stats
 from scipy.special import logsumexp
-from spike_ppl import closed_forms, conjugate, variational
+from spike_ppl import closed_forms, conjugate, plan, variational
 from spike_ppl.conjugate import Scored, derive
 from spike_ppl.passes import Spikes, Statistics, hard_statistics
 from spike_ppl.closed_forms import closed_form, factor_near
@@ -185,7 +185,7 @@ wrong = dict(loadings=("_natural", lambda self, right, name, e, s: (right[0]*1.0
 def test_a_wrong_closed_form_is_noticed(which, monkeypatch):
     d = derive(factors(spikes_of(), width="variance"))
     everything = {*d.parameters, "quadratic", "joint"}
-    monkeypatch.setattr(conjugate, "_plans", [])                 # what was found before is forgotten
+    monkeypatch.setattr(plan, "_plans", [])                 # what was found before is forgotten
     d = derive(factors(spikes_of(), width="variance"))
     name, change, dropped = wrong[which]
     right = getattr(closed_forms._Factors, name)

@@ -377,21 +377,22 @@ def cut_at(
 
     Raises `ValueError` for spikes too near the ends of the recording."""
     from scipy import fft
-    n_total, width = recording.get_num_samples(0), before + after + 1 + 2 * pad
+    n_total, needed = recording.get_num_samples(0), before + after + 1 + 2 * pad
+    width = fft.next_fast_len(needed, real=True)      # some samples more, lest it be prime: that transform takes five times as long
     out = np.empty((len(sample_index), before + after + 1, recording.get_num_channels()), "float32")
-    long = fft.next_fast_len(width, real=True)      # the transform of a prime number of samples takes five times as long
-    turn = 2j * np.pi * np.fft.rfftfreq(long)
+    turn = 2j * np.pi * np.fft.rfftfreq(width)
     lo = np.asarray(sample_index) - before - pad
-    if len(lo) and (lo.min() < 0 or (lo + width).max() > n_total): raise ValueError(f"windows of {width} samples do not fit into a recording of {n_total} samples around all of these spikes")
+    if len(lo) and (lo.min() < 0 or (lo + needed).max() > n_total): raise ValueError(f"windows of {needed} samples do not fit into a recording of {n_total} samples around all of these spikes")
     size = 8 * PIECE
     for first in range(0, n_total, size):
         rows = np.flatnonzero((lo >= first) & (lo < first + size))
         if not len(rows): continue
-        x = np.asarray(recording.get_traces(start_frame=int(lo[rows].min()), end_frame=int(lo[rows].max()) + width), "float32")
-        base = int(lo[rows].min())
+        base, end = int(lo[rows].min()), int(lo[rows].max()) + width
+        x = np.asarray(recording.get_traces(start_frame=base, end_frame=min(end, n_total)), "float32")
+        if end > n_total: x = np.pad(x, ((0, end - n_total), (0, 0)))
         w = x[(lo[rows] - base)[:, None] + np.arange(width)]
         if subtract is not None: subtract_others(w, lo[rows], subtract[2][rows], *subtract[0].spikes, subtract[1].shifted)
         s = shift[rows]
-        if s.any(): w = fft.irfft(fft.rfft(w, long, axis=1) * np.exp(turn * s[:, None])[:, :, None].astype("complex64"), long, axis=1)
+        if s.any(): w = fft.irfft(fft.rfft(w, axis=1) * np.exp(turn * s[:, None])[:, :, None].astype("complex64"), width, axis=1)
         out[rows] = w[:, pad:pad + before + after + 1]
     return out

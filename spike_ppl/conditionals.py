@@ -184,8 +184,7 @@ def _moved(joint, name, rng):
     inputs = joint.model[name].owner.inputs
     if set(ancestors(inputs)) & set(joint.model.free_RVs): return start
     try:
-        free = transform.forward(pt.constant(start, dtype=v.dtype), *inputs)
-        free = free.eval(mode=AS_WRITTEN)
+        free = transform.forward(pt.constant(start, dtype=v.dtype), *inputs).eval(mode=AS_WRITTEN)
         value = transform.backward(pt.constant(free + .3 * rng.normal(size=free.shape)), *inputs).eval(mode=AS_WRITTEN)
     except Exception: return start
     return np.asarray(value, v.dtype) if np.shape(value) == start.shape and np.isfinite(value).all() else start

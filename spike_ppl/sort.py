@@ -108,11 +108,11 @@ class Sort:
         return f"Sort: {n:,} spikes of {len(self.units)} units, {len(self.labels) - n:,} spikes of none"
 
 # %% ../nbs/13_sort.ipynb #c0549439
-def _white(standard, taps, artefacts, memory, n_jobs):
-    "The decorrelated recording, silent in artefacts."
+def _white(standard, taps, memory, n_jobs):
+    "The decorrelated recording, silent in artefacts, and the artefacts."
     from spikeinterface.preprocessing import silence_periods
-    white = decorrelate(standard, taps)
-    return hold(silence_periods(white, artefacts, mode="zeros") if len(artefacts) else white, memory=memory / 2, n_jobs=n_jobs)
+    white, artefacts = decorrelate(standard, taps), find_artefacts(standard, n_jobs=n_jobs)
+    return hold(silence_periods(white, artefacts, mode="zeros") if len(artefacts) else white, memory=memory / 2, n_jobs=n_jobs), artefacts
 
 def _inside(sample_index, artefacts):
     "Which samples lie in an artefact."
@@ -163,8 +163,7 @@ def sort(
         stages.begin("standardise")
         standard = hold(standardise(recording, freq_min=freq_min, freq_max=settings["freq_max"], seed=seed), memory=memory / 2, n_jobs=n_jobs)
         stages.begin("whiten")
-        artefacts = find_artefacts(standard, n_jobs=n_jobs)
-        white = _white(standard, keep("whiten", lambda: whitening_filter(standard, seed=seed)), artefacts, memory, n_jobs)
+        white, artefacts = _white(standard, keep("whiten", lambda: whitening_filter(standard, seed=seed)), memory, n_jobs)
         bar = stages.begin("find spikes")
         def first():
             shapes = learn_shapes(white, seed=seed)
@@ -262,8 +261,7 @@ class LastPass:
             stages.begin("standardise")
             standard = hold(standardise(recording, freq_min=o["freq_min"], freq_max=o["freq_max"] or .45 * rate, seed=seed), memory=o["memory"] / 2, n_jobs=o["n_jobs"])
             stages.begin("whiten")
-            artefacts = find_artefacts(standard, n_jobs=o["n_jobs"])
-            white = _white(standard, whitening_filter(standard, seed=seed), artefacts, o["memory"], o["n_jobs"])
+            white, artefacts = _white(standard, whitening_filter(standard, seed=seed), o["memory"], o["n_jobs"])
             shapes = learn_shapes(white, seed=seed)
             stages.begin("templates")
             units, before = self._units(white, task, rate, n_total)
